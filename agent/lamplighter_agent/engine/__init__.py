@@ -1,0 +1,1 @@
+"""The generation engine: a package in, tokens out, inside a byte budget."""

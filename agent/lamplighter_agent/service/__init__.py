@@ -1,0 +1,1 @@
+"""The long-running service: transports, the worker client, telemetry and the life cycle."""

@@ -1,0 +1,1 @@
+"""Trusted metadata, downloads, the package store and the update workflow."""
