@@ -1,0 +1,346 @@
+"""The agent's configuration: frozen structs, read from YAML, strict about every key.
+
+``configs/agent.yaml`` shows every setting with its default. Sizes are in MiB where a person writes them and named so;
+durations are in seconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import socket
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from lamplighter_agent.errors import ConfigError
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$")]
+Seconds = Annotated[float, Meta(gt=0)]
+Mebibytes = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=1, le=65535)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+
+_MIB = 1024 * 1024
+
+
+def _default_device_id() -> str:
+    """Return the host's name with every character that a topic level may not have replaced."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64].lstrip(".-") or "device"
+
+
+class DeviceConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Who this box is.
+
+    Attributes:
+        id: Name in topics; unique in the fleet. Default: the host name.
+        groups: Groups whose shared prompts this box answers.
+    """
+
+    id: Name = msgspec.field(default_factory=_default_device_id)
+    groups: tuple[Name, ...] = ()
+
+
+class RepositoryConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Where packages come from.
+
+    Attributes:
+        url: Base URL of the static repository (http, https), or None: then packages come only from ``pull --from``.
+        root_file: The trusted TUF root that the operator put on this box; copied into the store on first use.
+        check_interval_s: How often the metadata is refreshed.
+        ca_file: Private certificate authority for https, or None for the system's.
+        proxy: Proxy URL, or None.
+        connect_timeout_s: Bound on connecting and on silence while reading.
+        low_speed_bytes_per_s: A transfer below this rate for ``low_speed_time_s`` is given up and resumed later.
+        speed_limit_bytes_per_s: Highest rate, or None.
+        parallel_downloads: Files fetched at once.
+        retries: Tries of one request before the update fails.
+        disk_reserve_mb: Space that a download must leave free.
+        keep_packages: Installed packages kept besides the current one.
+    """
+
+    url: str | None = None
+    root_file: Path | None = None
+    check_interval_s: Seconds = 3600.0
+    ca_file: Path | None = None
+    proxy: str | None = None
+    connect_timeout_s: Seconds = 20.0
+    low_speed_bytes_per_s: Annotated[int, Meta(ge=0)] = 1024
+    low_speed_time_s: Seconds = 60.0
+    speed_limit_bytes_per_s: PositiveInt | None = None
+    parallel_downloads: Annotated[int, Meta(ge=1, le=8)] = 2
+    retries: Annotated[int, Meta(ge=0, le=100)] = 5
+    disk_reserve_mb: Annotated[int, Meta(ge=0)] = 64
+    keep_packages: Annotated[int, Meta(ge=1, le=100)] = 1
+
+    @property
+    def disk_reserve_bytes(self) -> int:
+        """``disk_reserve_mb`` in bytes."""
+        return self.disk_reserve_mb * _MIB
+
+
+class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """TLS to the broker: the authority that signed it and, for mutual TLS, this box's certificate and key."""
+
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+
+
+class MqttConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The broker.
+
+    Attributes:
+        enabled: False runs the agent with the local API alone.
+        protocol: ``5`` or ``3.1.1``.
+        prefix: First levels of every topic.
+        username: User name, or None.
+        password_file: File that holds the password (systemd's ``LoadCredential`` puts it there), or None.
+        keepalive_s: Silence after which the broker is asked whether it is there.
+        reconnect_max_s: Cap of the reconnect delay; the delay grows from one second with full jitter.
+        delta_interval_s: Tokens are batched into one delta for this long.
+    """
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: Port = 1883
+    protocol: Literal["5", "3.1.1"] = "5"
+    prefix: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")] = "lamplighter/v1"
+    username: str | None = None
+    password_file: Path | None = None
+    tls: TlsConfig | None = None
+    keepalive_s: Annotated[int, Meta(ge=5, le=3600)] = 30
+    reconnect_max_s: Seconds = 60.0
+    delta_interval_s: Seconds = 0.1
+
+
+class LocalApiConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The OpenAI-compatible HTTP API on a Unix socket.
+
+    Attributes:
+        socket: Path of the socket, or None to switch the API off.
+        mode: Permissions of the socket, octal digits.
+        group: Group that owns the socket, or None to keep the process's.
+        max_body_bytes: Largest request body.
+        max_connections: Connections served at once.
+    """
+
+    socket: Path | None = Path("/run/lamplighter/agent.sock")
+    mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
+    group: str | None = None
+    max_body_bytes: PositiveInt = 1024 * 1024
+    max_connections: PositiveInt = 32
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The generation engine. None means: choose from the package and the machine.
+
+    Attributes:
+        memory_budget_mb: Most memory that the worker process may plan for.
+        threads: Threads of the model's operators.
+        max_context_tokens: Cap on prompt and generated tokens together.
+        slots: Requests generated at once.
+        start_timeout_s: A worker that is not ready by then is ended.
+        stall_timeout_s: A worker that gives no sign of life for this long while it has work is ended.
+    """
+
+    memory_budget_mb: Mebibytes | None = None
+    threads: Annotated[int, Meta(ge=1, le=256)] | None = None
+    max_context_tokens: Annotated[int, Meta(ge=16)] | None = None
+    slots: Annotated[int, Meta(ge=1, le=64)] | None = None
+    start_timeout_s: Seconds = 300.0
+    stall_timeout_s: Seconds = 120.0
+
+
+class RequestsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Admission of prompts.
+
+    Attributes:
+        queue_size: Requests that may wait; one more is refused with code 429.
+        default_deadline_s: Deadline of a request that names none.
+        max_tokens: Generated tokens of a request that names no limit.
+    """
+
+    queue_size: Annotated[int, Meta(ge=1, le=10_000)] = 32
+    default_deadline_s: Seconds = 300.0
+    max_tokens: PositiveInt = 512
+
+
+class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Telemetry.
+
+    Attributes:
+        interval_s: Time between two samples.
+        spool_mb: Most disk space for samples that wait for the broker; the oldest go first.
+    """
+
+    interval_s: Seconds = 30.0
+    spool_mb: Mebibytes = 8
+
+
+class LogConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Logging to standard error; prompts are never logged unless ``prompts`` is true."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    prompts: bool = False
+
+    @property
+    def numeric_level(self) -> int:
+        """The level as the logging module counts."""
+        return logging.getLevelNamesMapping()[self.level.upper()]
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the agent can be told.
+
+    Attributes:
+        state_dir: The agent's own directory: packages, trusted metadata, spool.
+    """
+
+    device: DeviceConfig = DeviceConfig()
+    state_dir: Path = Path("/var/lib/lamplighter")
+    repository: RepositoryConfig = RepositoryConfig()
+    mqtt: MqttConfig = MqttConfig()
+    local_api: LocalApiConfig = LocalApiConfig()
+    engine: EngineConfig = EngineConfig()
+    requests: RequestsConfig = RequestsConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    log: LogConfig = LogConfig()
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> AgentConfig:
+    """Read a YAML file and apply overrides.
+
+    Args:
+        path: The file, or None for the defaults alone.
+        overrides: ``section.key=value`` strings, the value in YAML; each wins over the file.
+
+    Raises:
+        ConfigError: If the file cannot be read or parsed, a key is unknown (the nearest right name is given), or a
+            value is of the wrong type or out of range. The message names file, line and key.
+    """
+    tree: dict[str, object] = {}
+    lines: dict[str, str] = {}
+    if path is not None:
+        tree, lines = _read(path)
+    for override in overrides:
+        key, value = _parse_override(override)
+        _insert(tree, key, value, override)
+        lines[".".join(key)] = f"--set {override}"
+    _check_keys(AgentConfig, tree, (), lines, str(path or "the configuration"))
+    try:
+        return msgspec.convert(tree, AgentConfig, strict=True, dec_hook=_decode_path)
+    except msgspec.ValidationError as error:
+        message, _, where = str(error).partition(" - at `$")
+        key_path = re.sub(r"\[.*", "", where.rstrip("`").lstrip("."))
+        place = _place(key_path, lines, str(path or "the configuration"))
+        raise ConfigError(f"{place}: {key_path or 'the document'}: {message}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, object], dict[str, str]]:
+    """Return the document and, for each dotted key, ``file:line``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if document is None:
+        return {}, {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: the document must be a mapping of settings, not a {type(document).__name__}")
+    lines: dict[str, str] = {}
+    _collect_lines(node, (), path, lines)
+    return document, lines
+
+
+def _collect_lines(node: yaml.Node | None, key: tuple[str, ...], path: Path, lines: dict[str, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: set[str] = set()
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: a key must be a plain word")
+        name = (*key, key_node.value)
+        if key_node.value in seen:
+            raise ConfigError(f"{path}:{key_node.start_mark.line + 1}: {'.'.join(name)} is given twice")
+        seen.add(key_node.value)
+        lines[".".join(name)] = f"{path}:{key_node.start_mark.line + 1}"
+        _collect_lines(value_node, name, path, lines)
+
+
+def _parse_override(override: str) -> tuple[tuple[str, ...], object]:
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        return tuple(key.strip().split(".")), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+
+
+def _insert(tree: dict[str, object], key: tuple[str, ...], value: object, override: str) -> None:
+    for name in key[:-1]:
+        child = tree.setdefault(name, {})
+        if child is None:
+            child = tree[name] = {}
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {name} is a value, not a section")
+        tree = child
+    tree[key[-1]] = value
+
+
+def _check_keys(
+    struct: type[msgspec.Struct], tree: dict[str, object], key: tuple[str, ...], lines: Mapping[str, str], origin: str
+) -> None:
+    hints = get_type_hints(struct)
+    for name, value in list(tree.items()):
+        dotted = ".".join((*key, str(name)))
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), list(hints), n=1)
+            raise ConfigError(
+                f"{_place(dotted, lines, origin)}: unknown key {dotted!r}",
+                hint=f"did you mean {'.'.join((*key, near[0]))!r}?" if near else f"known here: {', '.join(hints)}",
+            )
+        section = _section_type(hints[name])
+        if section is None:
+            continue
+        if value is None and not _is_optional(hints[name]):
+            tree[name] = value = {}  # a section whose every line is commented out
+        if isinstance(value, dict):
+            _check_keys(section, value, (*key, str(name)), lines, origin)
+
+
+def _section_type(annotation: object) -> type[msgspec.Struct] | None:
+    """Return the struct that an annotation names, also inside ``Struct | None``; None for plain values."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            return candidate
+    return None
+
+
+def _is_optional(annotation: object) -> bool:
+    return get_origin(annotation) in {Union, types.UnionType} and type(None) in get_args(annotation)
+
+
+def _place(dotted: str, lines: Mapping[str, str], origin: str) -> str:
+    """Return ``file:line`` of the nearest enclosing key that the file has."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        if place := lines.get(".".join(parts[:length])):
+            return place
+    return origin
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise TypeError(f"Expected a path, got `{type(value).__name__}`")
