@@ -1,0 +1,1 @@
+"""The world that the tests simulate: models, packages, servers, brokers."""
