@@ -1,0 +1,373 @@
+"""Messages of the MQTT protocol: typed structs to JSON bytes and back, no IO. Normative text: ``PROTOCOL.md``.
+
+Bytes that an application or the fleet sends to an agent are hostile until decoded: size, encoding, nesting, types and
+ranges are checked, an unknown field is an error that names it, and every failure is a ``RequestError``. Bytes that an
+agent sends are read with unknown fields ignored, so that an older fleet tool understands a newer agent.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from lamplighter_agent.engine.events import FinishReason, Timings, Usage
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.errors import LamplighterError, ManifestError, RequestError
+from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.update.states import Desired, UpdateReport
+
+MAX_MESSAGE_BYTES: Final = 64 * 1024
+
+RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
+ShortText = Annotated[str, Meta(max_length=256)]
+Duration = Annotated[float, Meta(gt=0, le=86_400)]
+CommandName = Literal["restart_worker", "report", "rollback", "ping"]
+
+DesiredMessage: TypeAlias = Desired
+ReportedMessage: TypeAlias = UpdateReport
+
+_M = TypeVar("_M", bound=msgspec.Struct)
+
+
+class PromptMessage(GenerationParams, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A prompt: every option of ``GenerationParams`` and these fields, side by side in one JSON object.
+
+    Exactly one of ``prompt`` and ``messages`` is given.
+
+    Attributes:
+        id: Names the request in replies and in ``cancel``; also makes it idempotent. Default: a new one.
+        prompt: What the user says, or with ``raw`` the text to continue.
+        messages: A conversation.
+        raw: Feed ``prompt`` to the model as it stands, without the chat format.
+        model: ``name`` or ``name/version`` that the asker insists on.
+        reply_to: Where answers go; default: the device's own ``reply`` topic.
+        correlation: Returned unchanged with every answer.
+        deadline_s: Seconds from arrival within which the answer must be finished.
+        stream: Send deltas before the final message.
+    """
+
+    id: RequestId | None = None
+    prompt: str | None = None
+    messages: Annotated[tuple[ChatMessage, ...], Meta(max_length=1000)] | None = None
+    raw: bool = False
+    model: ShortText | None = None
+    reply_to: str | None = None
+    correlation: ShortText | None = None
+    deadline_s: Duration | None = None
+    stream: bool = True
+
+    def params(self) -> GenerationParams:
+        """Return the generation options alone, without the deadline: there it is a time, here a duration."""
+        values = msgspec.structs.asdict(self)
+        options = GenerationParams(**{name: values[name] for name in GenerationParams.__struct_fields__})
+        return msgspec.structs.replace(options, deadline_s=None)
+
+
+class CancelMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Stops a request; ``reply_to`` narrows it to the one that answers there."""
+
+    id: RequestId
+    reply_to: str | None = None
+
+
+class CommandMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Asks the agent to do something once.
+
+    Attributes:
+        command: ``ping`` answers; ``report`` sends status, reported and telemetry again; ``restart_worker`` starts
+            the engine anew; ``rollback`` goes back to the previous package.
+    """
+
+    command: CommandName
+    id: RequestId | None = None
+    reply_to: str | None = None
+
+
+class StatusMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether a device is there; retained, and the will.
+
+    Attributes:
+        state: ``online`` or ``offline``.
+        boot: Starts of the agent so far.
+        connection: Connections to the broker since that start. A reader ignores a message whose
+            ``(boot, connection)`` is lower than one it has seen: a will may come late.
+        agent: The agent's version.
+        package: The active package as ``name/version``, or None.
+        reason: Why it went offline: ``shutdown`` or ``connection_lost``; None when online.
+    """
+
+    state: Literal["online", "offline"]
+    boot: int
+    connection: int
+    agent: str
+    package: str | None = None
+    reason: str | None = None
+
+
+class EventMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """Something happened on the device; ``name`` is a stable code, ``message`` a sentence."""
+
+    name: str
+    message: str
+    time_unix_s: float
+
+
+class TelemetryMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """One sample of a device's condition. Rates and latencies are of the last finished request; None before the first.
+
+    Attributes:
+        time_unix_s: When it was taken, by the device's clock.
+        boot: Starts of the agent so far.
+        uptime_s: Since the agent's start.
+        agent: The agent's version.
+        package: The active package, or None.
+        update_state: As in ``reported``.
+        worker: State of the engine's worker process.
+        worker_restarts: Unplanned restarts of the worker since the agent's start.
+        queue_depth: Requests that wait; ``requests_active`` are being answered.
+        requests_total: Requests accepted; ``requests_refused`` refused, ``requests_failed`` ended in an error.
+        prompt_tokens_total: Prompt tokens processed; ``generated_tokens_total`` tokens generated.
+        generated_tokens_per_s: Decode rate.
+        time_to_first_token_s: From arrival to the first token.
+        worker_rss_bytes: Resident memory of the worker now; ``worker_peak_rss_bytes`` its highest.
+        agent_rss_bytes: Resident memory of the agent's main process.
+        cpu_percent: Use of all cores together, 0 to 100; ``load_1m`` is the load average.
+        memory_available_bytes: Memory that programs could still take.
+        disk_free_bytes: Free space where the state lies.
+        temperature_celsius: The hottest sensor, or None.
+        spool_dropped: Samples lost because the spool was full.
+        historical: True for a sample that waited in the spool.
+    """
+
+    time_unix_s: float
+    boot: int
+    uptime_s: float
+    agent: str
+    package: str | None
+    update_state: str
+    worker: str
+    worker_restarts: int
+    queue_depth: int
+    requests_active: int
+    requests_total: int
+    requests_refused: int
+    requests_failed: int
+    prompt_tokens_total: int
+    generated_tokens_total: int
+    generated_tokens_per_s: float | None
+    prompt_tokens_per_s: float | None
+    time_to_first_token_s: float | None
+    worker_rss_bytes: int | None
+    worker_peak_rss_bytes: int | None
+    agent_rss_bytes: int
+    cpu_percent: float
+    load_1m: float
+    memory_total_bytes: int
+    memory_available_bytes: int
+    disk_free_bytes: int
+    temperature_celsius: float | None = None
+    spool_dropped: int = 0
+    historical: bool = False
+
+
+class DeltaReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="delta"):
+    """A piece of the answer; ``seq`` counts from 0 without gaps."""
+
+    id: str
+    seq: int
+    text: str
+    correlation: str | None = None
+
+
+class FinalReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="final"):
+    """The whole answer; ends the request.
+
+    Attributes:
+        seq: Number of deltas sent before.
+        text: All generated text, or its beginning when ``truncated``.
+        truncated: The text did not fit into one message; the deltas hold all of it.
+    """
+
+    id: str
+    seq: int
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    model: str
+    device: str
+    truncated: bool = False
+    correlation: str | None = None
+
+
+class ErrorReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
+    """The request or command was refused or failed; ends it. ``code`` follows HTTP, ``reason`` is a stable word."""
+
+    id: str | None
+    code: int
+    reason: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+    hint: str | None = None
+    correlation: str | None = None
+
+
+class ResultReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result"):
+    """A command was done."""
+
+    id: str | None
+    message: str
+    correlation: str | None = None
+
+
+Reply: TypeAlias = DeltaReply | FinalReply | ErrorReply | ResultReply
+
+
+def decode_prompt(payload: bytes, *, content_type: str | None = None) -> PromptMessage:
+    """Read a prompt: a JSON object, or any other UTF-8 text as what the user says.
+
+    Args:
+        payload: The message's bytes.
+        content_type: MQTT 5's content type; ``text/plain`` keeps text that begins with a brace from being JSON.
+
+    Raises:
+        RequestError: If it is too large (code 413), empty, not UTF-8, or not a well-formed prompt.
+    """
+    _check_size(payload, "prompt")
+    if content_type == "text/plain" or not payload.lstrip().startswith(b"{"):
+        if content_type == "application/json":
+            raise RequestError("a prompt of content type application/json must be a JSON object")
+        try:
+            message = PromptMessage(prompt=payload.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the prompt is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    else:
+        message = _decode(payload, PromptMessage, "prompt")
+    if (message.prompt is None) == (message.messages is None):
+        raise RequestError("a prompt needs exactly one of 'prompt' and 'messages'", param="prompt")
+    if message.messages is not None and (message.raw or not message.messages):
+        raise RequestError("'messages' must not be empty and cannot go with 'raw'", param="messages")
+    if message.prompt is not None and not message.prompt.strip():
+        raise RequestError("the prompt is empty", param="prompt", hint="send text or a JSON object")
+    message.validate()
+    return message
+
+
+def decode_cancel(payload: bytes) -> CancelMessage:
+    """Read a cancel: a JSON object, or the bare id.
+
+    Raises:
+        RequestError: If it is neither.
+    """
+    _check_size(payload, "cancel")
+    if payload.lstrip().startswith(b"{"):
+        return _decode(payload, CancelMessage, "cancel")
+    try:
+        return msgspec.convert({"id": payload.decode("utf-8").strip()}, CancelMessage)
+    except (UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise RequestError(f"cancel: {error}", param="id") from error
+
+
+def decode_command(payload: bytes) -> CommandMessage:
+    """Read a command.
+
+    Raises:
+        RequestError: If it is not a well-formed, known command.
+    """
+    return _decode(payload, CommandMessage, "command")
+
+
+def decode_desired(payload: bytes) -> DesiredMessage:
+    """Read what a device shall run.
+
+    Raises:
+        RequestError: If it is not well-formed.
+    """
+    desired = _decode(payload, Desired, "desired")
+    try:
+        _ = desired.reference
+    except ManifestError as error:
+        raise RequestError(f"desired: {error.message}", hint=error.hint) from error
+    return desired
+
+
+def decode_reply(payload: bytes) -> Reply:
+    """Read an answer.
+
+    Raises:
+        RequestError: If it is not one.
+    """
+    return _decode_any(payload, _REPLY_DECODER, "reply")
+
+
+def decode_from_device(payload: bytes, kind: type[_M]) -> _M:
+    """Read a ``StatusMessage``, ``ReportedMessage``, ``TelemetryMessage`` or ``EventMessage`` of a device.
+
+    Raises:
+        RequestError: If it is not one.
+    """
+    return _decode(payload, kind, kind.__name__)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """Return any message as JSON."""
+    return msgspec.json.encode(message)
+
+
+def encode_final(message: FinalReply) -> bytes:
+    """Return a final reply as JSON of at most ``MAX_MESSAGE_BYTES``, with its text cut when it must be."""
+    data = encode(message)
+    text = message.text
+    while len(data) > MAX_MESSAGE_BYTES:
+        text = text[: len(text) - max(1, (len(data) - MAX_MESSAGE_BYTES) // 6)]
+        data = encode(msgspec.structs.replace(message, text=text, truncated=True))
+    return data
+
+
+def error_reply(error: LamplighterError, request_id: str | None, correlation: str | None = None) -> ErrorReply:
+    """Return the message that tells an asker about ``error``; anything but a ``RequestError`` is code 500."""
+    request = error if isinstance(error, RequestError) else None
+    return ErrorReply(
+        id=request_id,
+        code=request.code if request else 500,
+        reason=error.reason,
+        message=error.message,
+        param=request.param if request else None,
+        retry_after_s=request.retry_after_s if request else None,
+        hint=error.hint,
+        correlation=correlation,
+    )
+
+
+_REPLY_DECODER: Final[msgspec.json.Decoder[Reply]] = msgspec.json.Decoder(
+    DeltaReply | FinalReply | ErrorReply | ResultReply
+)
+_UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
+_AT_PATH = re.compile(r"at `\$\.?(.*?)`")
+
+
+def _decode(payload: bytes, kind: type[_M], what: str) -> _M:
+    return _decode_any(payload, msgspec.json.Decoder(kind), what)
+
+
+def _decode_any(payload: bytes, decoder: msgspec.json.Decoder[_M], what: str) -> _M:
+    _check_size(payload, what)
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = str(error)
+        found = _UNKNOWN_FIELD.search(text) or _AT_PATH.search(text)
+        raise RequestError(f"{what}: {text}", param=found[1] if found else None) from error
+
+
+def _check_size(payload: bytes, what: str) -> None:
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise RequestError(
+            f"the {what} has {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are accepted",
+            code=413,
+            hint="shorten it, or use the local API",
+        )
