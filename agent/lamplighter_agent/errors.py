@@ -72,6 +72,12 @@ class SignatureError(PackageError):
     reason = "signature_invalid"
 
 
+class MetadataError(PackageError):
+    """Metadata of the repository is not well-formed, incomplete, or contradicts itself."""
+
+    reason = "metadata_invalid"
+
+
 class ExpiredMetadataError(PackageError):
     """Signed metadata is past its expiry date: withheld updates, or a wrong clock."""
 
@@ -141,6 +147,13 @@ class SlowDownloadError(DownloadError):
     """The transfer stayed below the lowest accepted rate."""
 
     reason = "download_slow"
+
+
+class UpdateCancelledError(LamplighterError):
+    """The fleet or the user cancelled an update; what was downloaded stays for the next time."""
+
+    reason = "cancelled"
+    exit_code = 11
 
 
 class StoreError(LamplighterError):

@@ -1,0 +1,72 @@
+"""A package directory: reading its manifest and checking its files, wherever on the disk it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lamplighter_agent.errors import ManifestError
+from lamplighter_agent.package.durable import storage_errors
+from lamplighter_agent.package.hashing import verify_file
+from lamplighter_agent.package.layout import MANIFEST_NAME, MAX_MANIFEST_BYTES
+from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_agent.update.states import PackageRef
+
+
+@dataclass(frozen=True, slots=True)
+class InstalledPackage:
+    """A package directory of the store.
+
+    Attributes:
+        reference: Its name and version.
+        path: Its real directory, not the ``current`` link.
+        manifest: Its decoded manifest.
+    """
+
+    reference: PackageRef
+    path: Path
+    manifest: Manifest
+
+
+def read_manifest(directory: Path) -> bytes:
+    """Return the manifest file of a package directory, undecoded.
+
+    Raises:
+        ManifestError: If there is none, or it is larger than any manifest may be.
+        OSError: If it cannot be read.
+    """
+    path = directory / MANIFEST_NAME
+    size = regular_size(path)
+    if size is None:
+        raise ManifestError(f"{path}: there is no such file", hint="name a package directory")
+    if size > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{path}: {size} bytes, but a manifest may have at most {MAX_MANIFEST_BYTES}")
+    return path.read_bytes()
+
+
+def verify_package(directory: Path) -> Manifest:
+    """Check a package directory anywhere on the disk against its own manifest, and that nothing else lies in it.
+
+    Raises:
+        ManifestError: If the manifest is missing or not valid, or a file is not listed in it.
+        MissingFileError: If a listed file is not there.
+        HashMismatchError: If a file is not as listed.
+        StoreError: If the disk fails.
+    """
+    with storage_errors(f"reading {directory}"):
+        manifest = decode_manifest(read_manifest(directory), origin=str(directory / MANIFEST_NAME))
+        for entry in manifest.files:
+            verify_file(directory / entry.name, entry)
+        listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
+        for path in sorted(directory.iterdir()):
+            if path.name not in listed:
+                raise ManifestError(f"{path}: the manifest does not list this file")
+    return manifest
+
+
+def regular_size(path: Path) -> int | None:
+    """Return the length of a regular file, None for anything else."""
+    try:
+        return path.stat(follow_symlinks=False).st_size if path.is_file() and not path.is_symlink() else None
+    except OSError:
+        return None

@@ -1,0 +1,390 @@
+"""The packages on this device, and which one is in use.
+
+Layout of the state directory::
+
+    metadata/                      trusted metadata (update/trust.py)
+    blobs/SHA256                   files of packages by content; SHA256.part while they are being fetched
+    packages/NAME/VERSION/         one real directory a package: manifest.json and hard links to blobs
+    current -> packages/…          the package in use: one symbolic link, replaced in one atomic step
+    previous -> packages/…         where a rollback goes
+    prepared/NAME-VERSION-…/       derived by the engine, may be removed at any time
+    staging/                       work in progress and rubbish; nothing in it is ever trusted
+
+A package directory appears by a rename when all of it is there and durable, and leaves by a rename. So every state
+that a crash can leave is one from which every operation here can be run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lamplighter_agent.errors import (
+    DiskFullError,
+    HashMismatchError,
+    ManifestError,
+    MissingFileError,
+    StoreError,
+    UnknownPackageError,
+)
+from lamplighter_agent.package.durable import (
+    make_directory,
+    move,
+    point_link,
+    remove_directory,
+    remove_file,
+    storage_errors,
+    sync_directory,
+    write_file,
+)
+from lamplighter_agent.package.hashing import verify_file
+from lamplighter_agent.package.layout import MANIFEST_NAME, check_sha256
+from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest
+from lamplighter_agent.update.installed import InstalledPackage, read_manifest, regular_size
+from lamplighter_agent.update.states import PackageRef
+
+_PART = ".part"
+
+
+class Store:
+    """The state directory's packages.
+
+    Reading needs no lock. What changes the store is called with `lock` held, once in all processes.
+
+    Args:
+        root: The state directory; it is created when first needed.
+        reserve_bytes: Free space that a download must leave to the rest of the device.
+    """
+
+    def __init__(self, root: Path, *, reserve_bytes: int = 64 * 1024 * 1024) -> None:
+        self.root = root
+        self._reserve_bytes = reserve_bytes
+        self.metadata_dir = root / "metadata"
+        self.blobs_dir = root / "blobs"
+        self.packages_dir = root / "packages"
+        self.prepared_dir = root / "prepared"
+        self.staging_dir = root / "staging"
+        self._current = root / "current"
+        self._previous = root / "previous"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the right to change the store; the directories exist inside.
+
+        Raises:
+            StoreError: If another process, or another update of this one, holds it, or the store is not writable.
+        """
+        with storage_errors(f"opening the store in {self.root}"):
+            for directory in (self.blobs_dir, self.packages_dir, self.prepared_dir, self.staging_dir):
+                make_directory(directory)
+            descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StoreError(
+                    f"{self.root}: another update is at work on this store",
+                    hint="wait until it is done, or cancel it",
+                ) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def current(self) -> InstalledPackage | None:
+        """Return the package in use, or None before the first activation.
+
+        Raises:
+            StoreError: If the link leads elsewhere than to a package of this store.
+            ManifestError: If its manifest cannot be read.
+        """
+        return self._linked(self._current)
+
+    def previous(self) -> InstalledPackage | None:
+        """Return the package that `roll_back` goes to, or None.
+
+        Raises:
+            StoreError: If the link leads elsewhere than to a package of this store.
+            ManifestError: If its manifest cannot be read.
+        """
+        package = self._linked(self._previous)
+        current = self._link_target(self._current)
+        # A crash between the two steps of an activation leaves both links at the same package.
+        return None if package is None or package.reference == current else package
+
+    def installed(self) -> tuple[PackageRef, ...]:
+        """Return every package whose directory is in the store, sorted."""
+        found = []
+        for manifest in self.packages_dir.glob(f"*/*/{MANIFEST_NAME}"):
+            try:
+                found.append(PackageRef(manifest.parent.parent.name, manifest.parent.name))
+            except ManifestError:
+                continue
+        return tuple(sorted(found))
+
+    def package(self, reference: PackageRef) -> InstalledPackage:
+        """Return an installed package.
+
+        Raises:
+            UnknownPackageError: If it is not in the store.
+            ManifestError: If its manifest cannot be read, or is another package's.
+            StoreError: If the disk fails.
+        """
+        path = self._package_dir(reference)
+        with storage_errors(f"reading {path}"):
+            if not path.is_dir():
+                raise UnknownPackageError(
+                    f"{reference} is not installed in {self.root}",
+                    hint="installed: " + (", ".join(map(str, self.installed())) or "nothing"),
+                )
+            data = read_manifest(path)
+        manifest = decode_manifest(data, origin=str(path / MANIFEST_NAME))
+        if manifest.reference != str(reference):
+            raise ManifestError(f"{path / MANIFEST_NAME}: describes {manifest.reference}, not {reference}")
+        return InstalledPackage(reference, path, manifest)
+
+    def verify(self, package: InstalledPackage, *, only: Collection[str] | None = None) -> None:
+        """Check files of an installed package against its manifest.
+
+        Args:
+            package: What to check.
+            only: Names of the files to check, or None for all.
+
+        Raises:
+            MissingFileError: Naming the file.
+            HashMismatchError: Naming the file and both values.
+            StoreError: If the disk fails.
+        """
+        for entry in package.manifest.files:
+            if only is None or entry.name in only:
+                with storage_errors(f"reading {package.path / entry.name}"):
+                    verify_file(package.path / entry.name, entry)
+
+    def blob_path(self, entry: FileEntry) -> Path:
+        """Return where a file's content lies, or will lie.
+
+        Raises:
+            ManifestError: If the digest is not one.
+        """
+        return self.blobs_dir / check_sha256(entry.sha256, entry.name)
+
+    def missing_blobs(self, manifest: Manifest) -> tuple[FileEntry, ...]:
+        """Return one entry for each content of the package that is not in the store."""
+        missing: dict[str, FileEntry] = {}
+        for entry in manifest.files:
+            if regular_size(self.blob_path(entry)) != entry.length:
+                missing.setdefault(entry.sha256, entry)
+        return tuple(missing.values())
+
+    def bytes_present(self, manifest: Manifest) -> int:
+        """Return how much of a package is here, unfinished files included."""
+        missing = {entry.sha256: self._part_bytes(entry) for entry in self.missing_blobs(manifest)}
+        return sum(missing.get(entry.sha256, entry.length) for entry in manifest.files)
+
+    def preflight(self, manifest: Manifest, *, extra_bytes: int = 0) -> None:
+        """Check that what is missing fits onto the disk.
+
+        Args:
+            manifest: The wanted package.
+            extra_bytes: Space needed after the download, for example for the prepared weights.
+
+        Raises:
+            DiskFullError: If it does not fit beside the reserve.
+            StoreError: If the file system cannot be asked.
+        """
+        needed = extra_bytes + sum(e.length - self._part_bytes(e) for e in self.missing_blobs(manifest))
+        with storage_errors(f"asking for the free space of {self.root}"):
+            status = os.statvfs(self.root)
+        free = status.f_bavail * status.f_frsize
+        if needed + self._reserve_bytes > free:
+            raise DiskFullError(
+                f"{manifest.reference} needs {needed} more bytes beside a reserve of {self._reserve_bytes}, but "
+                f"{self.root} has {free} free",
+                hint="free some space, or lower repository.disk_reserve_mb",
+            )
+
+    def stage(self, manifest_bytes: bytes) -> InstalledPackage:
+        """Make the package directory from blobs that are all in the store; one that is complete is kept.
+
+        Args:
+            manifest_bytes: The signed manifest.
+
+        Raises:
+            ManifestError: If the manifest is not valid.
+            MissingFileError: If a blob is not in the store.
+            StoreError: If the file system refuses, or the package in use has that name but another manifest.
+        """
+        manifest = decode_manifest(manifest_bytes)
+        reference = PackageRef(manifest.name, manifest.version)
+        path = self._package_dir(reference)
+        with storage_errors(f"staging {reference} in {self.root}"):
+            if regular_size(path / MANIFEST_NAME) is not None and read_manifest(path) != manifest_bytes:
+                self.discard(reference)
+            if path.is_dir():
+                self._relink(path, manifest)
+            else:
+                self._build(path, manifest, manifest_bytes)
+        return InstalledPackage(reference, path, manifest)
+
+    def activate(self, reference: PackageRef) -> None:
+        """Make an installed package the one in use; the one before becomes the previous one.
+
+        Raises:
+            UnknownPackageError: If it is not in the store.
+            StoreError: If the file system refuses; the package in use is then as before.
+        """
+        self.package(reference)
+        before = self._link_target(self._current)
+        if before == reference:
+            return
+        with storage_errors(f"activating {reference}"):
+            if before is not None:
+                point_link(self._previous, _target_text(before))
+            point_link(self._current, _target_text(reference))
+
+    def roll_back(self) -> InstalledPackage:
+        """Make the previous package the one in use again; afterwards there is no previous one.
+
+        Raises:
+            UnknownPackageError: If there is no previous package.
+            StoreError: If the file system refuses.
+        """
+        package = self.previous()
+        if package is None:
+            raise UnknownPackageError(f"{self.root}: there is no previous package to roll back to")
+        with storage_errors(f"rolling back to {package.reference}"):
+            point_link(self._current, _target_text(package.reference))
+            remove_file(self._previous)
+        return package
+
+    def discard(self, reference: PackageRef) -> None:
+        """Remove an installed package that is not in use; its blobs stay until `prune`.
+
+        Raises:
+            StoreError: If it is in use, or the file system refuses.
+        """
+        if reference == self._link_target(self._current):
+            raise StoreError(f"{reference} is in use and cannot be removed")
+        with storage_errors(f"removing {reference}"):
+            if reference == self._link_target(self._previous):
+                remove_file(self._previous)
+            remove_directory(self._package_dir(reference), self.staging_dir / "removed-package")
+
+    def discard_bad_files(self, package: InstalledPackage) -> tuple[str, ...]:
+        """Take every file out of a staged package, and its blob out of the store, that is not as signed.
+
+        Returns:
+            The names of those files. `missing_blobs` then lists them, and `stage` links them anew.
+
+        Raises:
+            StoreError: If the file system refuses.
+        """
+        bad = []
+        for entry in package.manifest.files:
+            try:
+                self.verify(package, only={entry.name})
+            except (MissingFileError, HashMismatchError):
+                bad.append(entry.name)
+                with storage_errors(f"removing the damaged {entry.name}"):
+                    remove_file(self.blob_path(entry))
+        return tuple(bad)
+
+    def prune(self, keep: Collection[PackageRef] = (), *, keep_blobs_of: Manifest | None = None) -> None:
+        """Remove packages, blobs and prepared weights that nothing needs.
+
+        Args:
+            keep: Packages that stay besides the one in use and the previous one.
+            keep_blobs_of: A package whose blobs stay although it is not staged yet.
+
+        Raises:
+            StoreError: If the file system refuses.
+        """
+        kept = {*keep, self._link_target(self._current), self._link_target(self._previous)}
+        for reference in self.installed():
+            if reference not in kept:
+                self.discard(reference)
+        wanted = {entry.sha256 for entry in keep_blobs_of.files} if keep_blobs_of else set()
+        prefixes = tuple(f"{reference.name}-{reference.version}-" for reference in kept if reference is not None)
+        with storage_errors(f"pruning {self.root}"):
+            self._remove_unused_blobs(wanted)
+            for prepared in _children(self.prepared_dir):
+                if not prepared.name.startswith(prefixes):
+                    remove_directory(prepared, self.staging_dir / "removed-prepared")
+            for directory in _children(self.packages_dir):
+                if not _children(directory):
+                    directory.rmdir()
+            for rubbish in _children(self.staging_dir):
+                if rubbish.name.startswith(("package-", "removed-")):
+                    remove_directory(rubbish, self.staging_dir / "removed")
+
+    def _remove_unused_blobs(self, wanted: Collection[str]) -> None:
+        for blob in _children(self.blobs_dir):
+            digest = blob.name.removesuffix(_PART)
+            # A blob that is linked from a package directory has more than one name.
+            if digest not in wanted and blob.stat().st_nlink == 1:
+                blob.unlink()
+        sync_directory(self.blobs_dir)
+
+    def _build(self, path: Path, manifest: Manifest, manifest_bytes: bytes) -> None:
+        workplace = self.staging_dir / f"package-{manifest.name}-{manifest.version}"
+        if workplace.exists():
+            remove_directory(workplace, self.staging_dir / "removed")
+        workplace.mkdir()
+        self._relink(workplace, manifest)
+        write_file(workplace / MANIFEST_NAME, manifest_bytes)
+        make_directory(path.parent)
+        move(workplace, path)
+
+    def _relink(self, directory: Path, manifest: Manifest) -> None:
+        """Make every file of the directory a hard link to its blob, replacing what is something else."""
+        for entry in manifest.files:
+            blob, place = self.blob_path(entry), directory / entry.name
+            if not blob.is_file():
+                raise MissingFileError(f"{entry.name}: its content {entry.sha256} is not in the store")
+            if place.exists() and place.samefile(blob):
+                continue
+            temporary = directory / f".{entry.name}.tmp"
+            temporary.unlink(missing_ok=True)
+            temporary.hardlink_to(blob)
+            temporary.replace(place)
+        sync_directory(directory)
+
+    def _linked(self, link: Path) -> InstalledPackage | None:
+        reference = self._link_target(link)
+        return None if reference is None else self.package(reference)
+
+    def _link_target(self, link: Path) -> PackageRef | None:
+        """Return the package that a link names.
+
+        Raises:
+            StoreError: If it names anything but a package of this store.
+        """
+        try:
+            parts = link.readlink().parts
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"{link}: {error.strerror}", hint="it must be a symbolic link to a package") from error
+        if len(parts) != 3 or parts[0] != self.packages_dir.name:
+            raise StoreError(f"{link}: leads to {'/'.join(parts)}, which is no package of this store")
+        try:
+            return PackageRef(parts[1], parts[2])
+        except ManifestError as error:
+            raise StoreError(f"{link}: leads to {'/'.join(parts)}, which is no package of this store") from error
+
+    def _package_dir(self, reference: PackageRef) -> Path:
+        return self.packages_dir / reference.name / reference.version
+
+    def _part_bytes(self, entry: FileEntry) -> int:
+        blob = self.blob_path(entry)
+        return min(regular_size(blob.with_name(blob.name + _PART)) or 0, entry.length)
+
+
+def _target_text(reference: PackageRef) -> str:
+    return f"packages/{reference}"
+
+
+def _children(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
