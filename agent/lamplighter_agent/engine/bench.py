@@ -1,0 +1,207 @@
+"""Measures a package on this machine, next to a bare loop on the same session in the same run.
+
+Absolute rates drift between runs and machines, so the engine's cost is told by its ratio to the bare loop: nothing but
+bind, run, argmax. Engine and bare loop take turns, so that both see the same machine.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from lamplighter_agent.engine.events import Timings
+from lamplighter_agent.engine.generate import Engine
+from lamplighter_agent.engine.kv_cache import KVCache
+from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.session import FloatArray, IntArray, ModelSession, onnxruntime_version
+from lamplighter_agent.errors import EngineError, RequestError
+
+_TEXT: Final = "The quick brown fox jumps over the lazy dog near the river bank while the sun sets slowly. "
+_SHORT_PROMPT_TOKENS: Final = 25
+
+
+class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
+    """Medians over the runs; rates in tokens a second.
+
+    Attributes:
+        package: ``name/version``.
+        onnxruntime: Version.
+        threads: Compute threads.
+        prepared: True if a prepared copy was loaded.
+        runs: How often each figure was measured.
+        prompt_tokens: Length of the prompt of the prefill figures.
+        generated_tokens: Tokens of the decode figures, after a prompt of 25.
+        load_s: Opening the package, imports not counted.
+        first_token_s: From submission to the first token, prompt of 25 tokens.
+        prefill_tokens_per_s: The engine, sampling of the first token included.
+        decode_tokens_per_s: The engine, greedy, detokenized.
+        bare_prefill_tokens_per_s: The bare loop on the whole prompt at once.
+        bare_decode_tokens_per_s: The bare loop, greedy.
+        prefill_ratio: Engine to bare loop.
+        decode_ratio: Engine to bare loop.
+        rss_loaded_bytes: Resident memory after the load.
+        peak_rss_bytes: Highest resident memory after the first run, before the bare loop's.
+        python_step_s: What the engine adds to a decode step: its time a token less the bare loop's; noise may make it
+            negative.
+    """
+
+    package: str
+    onnxruntime: str
+    threads: int
+    prepared: bool
+    runs: int
+    prompt_tokens: int
+    generated_tokens: int
+    load_s: float
+    first_token_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    bare_prefill_tokens_per_s: float
+    bare_decode_tokens_per_s: float
+    prefill_ratio: float
+    decode_ratio: float
+    rss_loaded_bytes: int
+    peak_rss_bytes: int
+    python_step_s: float
+
+
+def run_bench(
+    package: Path,
+    *,
+    options: EngineOptions | None = None,
+    prepared_root: Path | None = None,
+    runs: int = 3,
+    prompt_tokens: int = 512,
+    generated_tokens: int = 200,
+) -> BenchResult:
+    """Measure a package.
+
+    Args:
+        package: The package directory.
+        options: Limits and choices of the engine.
+        prepared_root: Where prepared copies lie, or None.
+        runs: Repetitions, >= 1; each figure is a median.
+        prompt_tokens: Length of the prompt of the prefill figures.
+        generated_tokens: Tokens to decode, >= 2.
+
+    Raises:
+        RequestError: If a count is out of range or does not fit the engine's context.
+        LamplighterError: If the package cannot be loaded or run.
+    """
+    if runs < 1 or prompt_tokens < 1 or generated_tokens < 2:
+        raise RequestError("a bench needs at least 1 run, 1 prompt token and 2 generated tokens", param="runs")
+    loads = [_timed_load(package, options, prepared_root)]
+    engine, rss_loaded = loads[0][0], _memory_bytes("VmRSS")
+    prompt = _prompt(engine, max(prompt_tokens, _SHORT_PROMPT_TOKENS))
+    long, short = prompt[:prompt_tokens], prompt[:_SHORT_PROMPT_TOKENS]
+    prefills, decodes, bare_prefills, bare_decodes, peak = [], [], [], [], 0
+    bare = _BareLoop(engine.session, engine.runner.cache, max(prompt_tokens, _SHORT_PROMPT_TOKENS + generated_tokens))
+    for number in range(runs):
+        prefills.append(_engine_timings(engine, long, 1).prompt_tokens_per_s)
+        decodes.append(_engine_timings(engine, short, generated_tokens))
+        if number == 0:
+            peak = _memory_bytes("VmHWM")
+        bare_prefills.append(bare.prefill_rate(long))
+        bare_decodes.append(bare.decode_rate(short, generated_tokens))
+    load_times = [loads[0][1], *(_timed_load(package, options, prepared_root)[1] for _ in range(runs - 1))]
+    decode = statistics.median(timings.generated_tokens_per_s for timings in decodes)
+    prefill, bare_prefill = statistics.median(prefills), statistics.median(bare_prefills)
+    bare_decode = statistics.median(bare_decodes)
+    return BenchResult(
+        package=engine.manifest.reference,
+        onnxruntime=onnxruntime_version(),
+        threads=engine.threads,
+        prepared=engine.prepared,
+        runs=runs,
+        prompt_tokens=prompt_tokens,
+        generated_tokens=generated_tokens,
+        load_s=statistics.median(load_times),
+        first_token_s=statistics.median(timings.first_token_s for timings in decodes),
+        prefill_tokens_per_s=prefill,
+        decode_tokens_per_s=decode,
+        bare_prefill_tokens_per_s=bare_prefill,
+        bare_decode_tokens_per_s=bare_decode,
+        prefill_ratio=prefill / bare_prefill,
+        decode_ratio=decode / bare_decode,
+        rss_loaded_bytes=rss_loaded,
+        peak_rss_bytes=peak,
+        python_step_s=1 / decode - 1 / bare_decode,
+    )
+
+
+class _BareLoop:
+    """The least that generates on a session: a cache of its own for one row, bind, run, argmax."""
+
+    def __init__(self, session: ModelSession, like: KVCache, capacity: int) -> None:
+        self._session = session
+        self._cache = KVCache(like.spec, slots=1, capacity=capacity)
+        self._binding = session.bind(self._cache.buffers)
+        self._ones: IntArray = np.ones((1, capacity), dtype=np.int64)
+        self._positions: IntArray = np.arange(capacity, dtype=np.int64).reshape(1, -1)
+
+    def prefill_rate(self, prompt: list[int]) -> float:
+        begun = time.perf_counter()
+        self._prefill(prompt)
+        return len(prompt) / (time.perf_counter() - begun)
+
+    def decode_rate(self, prompt: list[int], tokens: int) -> float:
+        """Return the tokens a second after the first of ``tokens`` tokens."""
+        token_id, length = self._prefill(prompt), len(prompt)
+        input_ids: IntArray = np.empty((1, 1), dtype=np.int64)
+        logits: FloatArray = np.empty((1, 1, self._session.io.logits_width), dtype=np.float32)
+        self._binding.set_logits(logits, start=0)
+        begun = time.perf_counter()
+        for _ in range(tokens - 1):
+            input_ids[0, 0] = token_id
+            length += 1
+            self._binding.set_inputs(input_ids, self._ones[:, :length], self._positions[:, length - 1 : length])
+            self._binding.run()
+            token_id = int(logits[0, 0].argmax())
+        return (tokens - 1) / (time.perf_counter() - begun)
+
+    def _prefill(self, prompt: list[int]) -> int:
+        count = len(prompt)
+        start = count - 1 if self._session.io.has_logits_start else 0
+        logits: FloatArray = np.empty((1, count - start, self._session.io.logits_width), dtype=np.float32)
+        self._binding.set_inputs(np.array([prompt], dtype=np.int64), self._ones[:, :count], self._positions[:, :count])
+        self._binding.set_logits(logits, start=start)
+        self._binding.run()
+        return int(logits[0, -1].argmax())
+
+
+def _timed_load(package: Path, options: EngineOptions | None, prepared_root: Path | None) -> tuple[Engine, float]:
+    begun = time.perf_counter()
+    engine = Engine.load(package, options=options, prepared_root=prepared_root)
+    return engine, time.perf_counter() - begun
+
+
+def _prompt(engine: Engine, tokens: int) -> list[int]:
+    text = _TEXT
+    while len(prompt := engine.encode_prompt(text)) < tokens:
+        text += text
+    return prompt[:tokens]
+
+
+def _engine_timings(engine: Engine, prompt: list[int], tokens: int) -> Timings:
+    params = GenerationParams(max_tokens=tokens, temperature=0.0, repetition_penalty=1.0, ignore_eos=True)
+    *_, last = engine.generate(prompt, params)
+    if last.finished is None or last.finished.usage.generated_tokens != tokens:
+        raise EngineError(f"the bench's generation ended before {tokens} tokens")
+    return last.finished.timings
+
+
+def _memory_bytes(field: str) -> int:
+    """Return ``VmRSS`` or ``VmHWM`` of this process; 0 where the kernel does not tell."""
+    try:
+        lines = Path(f"/proc/{os.getpid()}/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    values = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    return int(values[0]) * 1024 if values else 0

@@ -1,0 +1,256 @@
+"""The engine as a library: load a package, then iterate over tokens.
+
+    engine = Engine.load(Path("packages/smollm2/1.0"))
+    for token in engine.generate("Why is the sky blue?", GenerationParams(max_tokens=100)):
+        print(token.text, end="")
+
+Ceasing to iterate stops the generation. The worker process drives ``engine.scheduler`` instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
+from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
+from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
+from lamplighter_agent.engine.runner import ModelRunner
+from lamplighter_agent.engine.scheduler import Scheduler
+from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
+from lamplighter_agent.engine.tokenizer import PackageTokenizer
+from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError, RequestError
+from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME
+from lamplighter_agent.package.manifest import Manifest, decode_manifest
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | list[ChatMessage] | list[int]
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True):
+    """A step of ``Engine.generate``.
+
+    Attributes:
+        token_id: The token, None in the last item.
+        text: Text that became certain, perhaps empty: it joins to the whole text.
+        logprob: The token's log-probability, if the request asked for it.
+        finished: How it ended, in the last item only.
+    """
+
+    token_id: int | None
+    text: str
+    logprob: TokenLogprob | None = None
+    finished: Finished | None = None
+
+
+class Engine:
+    """A loaded package. Use ``Engine.load``; one thread at a time.
+
+    Attributes:
+        manifest: The package's manifest.
+        tokenizer: Its tokenizer.
+        plan: The memory plan that the engine keeps to.
+        scheduler: Serves many requests at once.
+        runner: The model and its cache.
+        prepared: True if the weights come from a prepared copy.
+        threads: Compute threads.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tokenizer: PackageTokenizer,
+        session: ModelSession,
+        *,
+        plan: MemoryPlan,
+        options: EngineOptions,
+        threads: int,
+        prepared: bool,
+    ) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.session = session
+        self.plan = plan
+        self.threads = threads
+        self.prepared = prepared
+        cache = KVCache(CacheSpec.from_model(manifest.model), slots=plan.slots, capacity=plan.max_context_tokens)
+        self.runner = ModelRunner(session, cache)
+        self.scheduler = Scheduler(
+            self.runner,
+            tokenizer,
+            defaults=manifest.generation,
+            plan=plan,
+            vocab_size=min(manifest.model.vocab_size, tokenizer.vocab_size),
+            max_queued_requests=options.max_queued_requests,
+        )
+        self._numbers = itertools.count(1)
+        self._inboxes: dict[str, deque[Event]] = {}
+
+    @classmethod
+    def load(cls, package: Path, *, options: EngineOptions | None = None, prepared_root: Path | None = None) -> Engine:
+        """Open a package.
+
+        Args:
+            package: The package directory; its files were verified when it was installed.
+            options: Limits and choices; None: all automatic.
+            prepared_root: Where prepared copies lie; a good one for this machine is used.
+
+        Raises:
+            ConfigError: If an option is out of range.
+            PackageError: If the package cannot be read.
+            IncompatiblePackageError: If this machine or agent cannot run it.
+            MemoryBudgetError: If it does not fit.
+            EngineError: If the runtime fails.
+        """
+        options = EngineOptions() if options is None else options
+        options.validate()
+        manifest = _read_manifest(package)
+        _check_target(manifest)
+        plan = plan_memory(manifest, read_machine_memory(), options)
+        threads = options.threads or physical_cores()
+        tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
+        session = None if prepared_root is None else _open_prepared(package, prepared_root, manifest, threads)
+        prepared = session is not None
+        if session is None:
+            check_operators(package / MODEL_NAME)
+            session = ModelSession(package / MODEL_NAME, manifest, threads=threads)
+        return cls(manifest, tokenizer, session, plan=plan, options=options, threads=threads, prepared=prepared)
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Return the tokens of a prompt.
+
+        Args:
+            prompt: Text, in which special tokens are plain characters; messages, rendered with the package's chat
+                format; or token ids, taken as they are.
+
+        Raises:
+            RequestError: If the package has no chat format, or the messages do not suit it.
+        """
+        if isinstance(prompt, str):
+            generation = self.manifest.generation
+            begin = (
+                [generation.bos_token_id] if generation.add_bos_token and generation.bos_token_id is not None else []
+            )
+            return begin + self.tokenizer.encode(prompt, special=False)
+        messages = [item for item in prompt if isinstance(item, ChatMessage)]
+        if not messages:
+            return [item for item in prompt if isinstance(item, int)]
+        if self.manifest.chat_format is None:
+            raise RequestError(
+                f"{self.manifest.reference} has no chat format", param="messages", hint="send a plain prompt"
+            )
+        return self.tokenizer.encode_segments(self.manifest.chat_format.render(messages))
+
+    def generate(self, prompt: Prompt, params: GenerationParams | None = None) -> Iterator[Token]:
+        """Generate; the last item has ``finished`` set. Several generations may be iterated by turns.
+
+        Raises:
+            RequestError: If an option is out of range.
+            ContextOverflowError: If the prompt does not fit.
+            EngineError: If the model fails.
+        """
+        request_id = f"generate-{next(self._numbers)}"
+        self.scheduler.submit(request_id, self.encode_prompt(prompt), GenerationParams() if params is None else params)
+        self._inboxes[request_id] = deque()
+        return self._iterate(request_id)
+
+    def close(self) -> None:
+        """End all requests and let go of the model; the system gets most memory back only when the process ends."""
+        for request_id in list(self._inboxes):
+            self.scheduler.cancel(request_id)
+        self._inboxes.clear()
+
+    def _iterate(self, request_id: str) -> Iterator[Token]:
+        inbox = self._inboxes[request_id]
+        try:
+            while True:
+                while not inbox:
+                    self._step()
+                event = inbox.popleft()
+                if isinstance(event, Failed):
+                    raise EngineError(event.message)
+                if isinstance(event, Finished):
+                    yield Token(token_id=None, text=event.text_tail, finished=event)
+                    return
+                yield _token(event)
+        finally:
+            self._inboxes.pop(request_id, None)
+            self.scheduler.cancel(request_id)
+
+    def _step(self) -> None:
+        for event in self.scheduler.step():
+            inbox = self._inboxes.get(event.request_id)
+            if inbox is not None:
+                inbox.append(event)
+
+
+def _token(event: TextDelta) -> Token:
+    logprob = None if event.logprobs is None else event.logprobs[0]
+    return Token(token_id=event.token_ids[0], text=event.text, logprob=logprob)
+
+
+def _read_manifest(package: Path) -> Manifest:
+    path = package / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{path}: cannot read the manifest: {error}") from error
+    return decode_manifest(data, origin=str(path))
+
+
+def _check_target(manifest: Manifest) -> None:
+    target = manifest.target
+    if target.execution_provider != "cpu":
+        raise IncompatiblePackageError(
+            f"{manifest.reference} is built for {target.execution_provider!r}, but this engine runs 'cpu'",
+            hint="build the package with -e cpu",
+        )
+    installed = onnxruntime_version()
+    if _version(installed) < _version(target.min_onnxruntime):
+        raise IncompatiblePackageError(
+            f"{manifest.reference} needs onnxruntime {target.min_onnxruntime}, but {installed} is installed",
+            hint="update the agent",
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return the leading ``major.minor`` of a version as numbers; parts that are no numbers count as 0."""
+    return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
+
+
+def _open_prepared(package: Path, root: Path, manifest: Manifest, threads: int) -> ModelSession | None:
+    """Open the prepared copy; None, with the reason logged, if it cannot be used.
+
+    The hashes are computed while onnxruntime loads: nothing runs on the copy before they agree.
+    """
+    key = prepared_key(package)
+    directory = prepared_directory(root, key)
+    reason = check_prepared(directory, key)
+    if reason is not None:
+        logger.warning("the package is loaded as built: %s", reason)
+        return None
+    damaged: list[str | None] = []
+    hashing = threading.Thread(target=lambda: damaged.append(damaged_file(directory)), name="hash-prepared")
+    hashing.start()
+    try:
+        session = ModelSession(directory / MODEL_NAME, manifest, threads=threads)
+    except (PackageError, EngineError) as error:
+        logger.warning("the package is loaded as built: the prepared copy does not open: %s", error.message)
+        session = None
+    finally:
+        hashing.join()
+    if damaged != [None]:
+        logger.warning("the package is loaded as built: %s in %s is damaged", damaged, directory)
+        return None
+    return session

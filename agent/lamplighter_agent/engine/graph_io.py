@@ -1,0 +1,170 @@
+"""The interface of a decoder graph, checked before its first use: a package comes from outside.
+
+Inputs ``input_ids`` int64 [B, S], ``attention_mask`` int64 [B, T], optionally ``position_ids`` int64 [B, S] and
+``logits_start`` int64 [1] (an overridable initializer), ``past_key_values.{i}.key|value`` [B, heads, capacity,
+head_dim]; outputs ``logits`` [B, rows, vocab_size] and ``present.{i}.key|value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from lamplighter_agent.errors import IncompatiblePackageError, PackageError
+from lamplighter_agent.package.manifest import ModelFacts
+
+_INT64: Final = "tensor(int64)"
+_FLOAT: Final = "tensor(float)"
+
+# Field numbers of onnx.proto: ModelProto.opset_import and .functions, OperatorSetIdProto.domain.
+_MODEL_OPSET_IMPORT: Final = 8
+_MODEL_FUNCTIONS: Final = 25
+_OPSET_DOMAIN: Final = 1
+
+
+class TensorInfo(NamedTuple):
+    """Name, onnxruntime's type text and shape (a number, a symbol or None for each axis) of a graph input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphIO:
+    """Which optional inputs a graph has, and the width of its logits.
+
+    Attributes:
+        has_position_ids: True if positions are given by the caller.
+        has_logits_start: True if the head can be limited to the last rows.
+        logits_width: Last axis of ``logits``, at least the manifest's ``vocab_size``.
+    """
+
+    has_position_ids: bool
+    has_logits_start: bool
+    logits_width: int
+
+
+def check_graph_io(
+    *, inputs: list[TensorInfo], overridable: list[TensorInfo], outputs: list[TensorInfo], model: ModelFacts
+) -> GraphIO:
+    """Compare a graph's interface with the contract and the manifest's facts.
+
+    Raises:
+        IncompatiblePackageError: Naming the first tensor that is missing, unknown, or of another type or shape.
+    """
+    given = {info.name: info for info in inputs}
+    produced = {info.name: info for info in outputs}
+    extra = {info.name: info for info in overridable}
+    for name in ("input_ids", "attention_mask"):
+        _check_tensor("input", given, name, _INT64, (None, None))
+    if "position_ids" in given:
+        _check_tensor("input", given, "position_ids", _INT64, (None, None))
+    if "logits_start" in extra:
+        _check_tensor("input", extra, "logits_start", _INT64, (1,))
+    cache_shape = (None, model.num_key_value_heads, None, model.head_dim)
+    for layer in range(model.num_hidden_layers):
+        for kind in ("key", "value"):
+            _check_tensor("input", given, f"past_key_values.{layer}.{kind}", _FLOAT, cache_shape)
+            _check_tensor("output", produced, f"present.{layer}.{kind}", _FLOAT, cache_shape)
+    logits = _check_tensor("output", produced, "logits", _FLOAT, (None, None, None))
+    width = logits.shape[2]
+    if not isinstance(width, int) or width < model.vocab_size:
+        raise IncompatiblePackageError(
+            f"graph output 'logits' is {width} wide, but the manifest's vocab_size is {model.vocab_size}"
+        )
+    caches = 2 * model.num_hidden_layers
+    _check_no_more("input", given, {"input_ids", "attention_mask", "position_ids"}, "past_key_values.", caches)
+    _check_no_more("input", extra, {"logits_start"}, "past_key_values.", 0)
+    _check_no_more("output", produced, {"logits"}, "present.", caches)
+    return GraphIO(
+        has_position_ids="position_ids" in given, has_logits_start="logits_start" in extra, logits_width=width
+    )
+
+
+def read_operator_domains(model: bytes) -> set[str]:
+    """Return the operator domains that a serialized ``ModelProto`` imports; the default one is the empty string.
+
+    Every node's domain must be imported, so this bounds what the graph can call. Reads the top level only.
+
+    Raises:
+        PackageError: If the bytes are no protobuf message, or import nothing.
+        IncompatiblePackageError: If the model defines functions, which could import domains of their own.
+    """
+    domains: set[str] = set()
+    for field, value in _fields(memoryview(model)):
+        if field == _MODEL_FUNCTIONS:
+            raise IncompatiblePackageError("the model defines local functions, which packages may not have")
+        if field == _MODEL_OPSET_IMPORT:
+            names = [bytes(inner).decode("utf-8", "replace") for key, inner in _fields(value) if key == _OPSET_DOMAIN]
+            domains.add(names[-1] if names else "")
+    if not domains:
+        raise PackageError("the model file is not an ONNX model: it imports no operators")
+    return domains
+
+
+def _check_tensor(
+    side: str, tensors: dict[str, TensorInfo], name: str, dtype: str, shape: tuple[int | None, ...]
+) -> TensorInfo:
+    info = tensors.get(name)
+    if info is None:
+        raise IncompatiblePackageError(f"the graph has no {side} {name!r}")
+    fits = len(info.shape) == len(shape) and all(
+        wanted is None or not isinstance(axis, int) or axis == wanted
+        for axis, wanted in zip(info.shape, shape, strict=True)
+    )
+    if info.dtype != dtype or not fits:
+        raise IncompatiblePackageError(
+            f"graph {side} {name!r} is {info.dtype} {list(info.shape)}, but must be {dtype} "
+            f"{['*' if axis is None else axis for axis in shape]}"
+        )
+    return info
+
+
+def _check_no_more(side: str, tensors: dict[str, TensorInfo], known: set[str], prefix: str, caches: int) -> None:
+    unknown = [name for name in tensors if name not in known and not name.startswith(prefix)]
+    if unknown:
+        raise IncompatiblePackageError(f"the graph has an unknown {side} {unknown[0]!r}")
+    found = sum(name.startswith(prefix) for name in tensors)
+    if found != caches:
+        raise IncompatiblePackageError(f"the graph has {found} {side}s {prefix}*, but the manifest means {caches}")
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield (field number, content) of each length-delimited field of a protobuf message; skip the other kinds.
+
+    Raises:
+        PackageError: If a length points outside the message, or a wire type is unknown.
+    """
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        field, wire = tag >> 3, tag & 7
+        if wire == 0:
+            _, position = _varint(message, position)
+            continue
+        if wire == 2:
+            length, position = _varint(message, position)
+        elif wire in (1, 5):
+            length = 8 if wire == 1 else 4
+        else:
+            raise PackageError("the model file is not an ONNX model: unknown wire type")
+        if position + length > len(message):
+            raise PackageError("the model file is cut off")
+        if wire == 2:
+            yield field, message[position : position + length]
+        position += length
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(message):
+            raise PackageError("the model file is cut off")
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise PackageError("the model file is not an ONNX model: a number is too long")

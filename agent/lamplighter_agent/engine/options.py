@@ -1,0 +1,51 @@
+"""How an engine is to be loaded. Pure: the agent's main process sends this to its worker."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from lamplighter_agent.errors import ConfigError
+
+MIN_CONTEXT_TOKENS: Final = 16
+MAX_SLOTS: Final = 64
+MAX_QUEUED_REQUESTS: Final = 64
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits and choices; None lets the memory plan and the machine decide.
+
+    Attributes:
+        memory_budget_bytes: Most resident bytes of the engine's process; None: what the machine and its cgroup allow.
+        max_context_tokens: Most tokens of one request, prompt and text together.
+        slots: Requests decoded together.
+        threads: Compute threads; None: one a physical core that this process may use.
+        prefill_chunk_tokens: Prompt tokens computed at once; bounds how long other requests wait for a token.
+        max_queued_requests: Requests waiting for a slot; more are refused as busy.
+    """
+
+    memory_budget_bytes: int | None = None
+    max_context_tokens: int | None = None
+    slots: int | None = None
+    threads: int | None = None
+    prefill_chunk_tokens: int = 128
+    max_queued_requests: int = MAX_QUEUED_REQUESTS
+
+    def validate(self) -> None:
+        """Check every option's range.
+
+        Raises:
+            ConfigError: Naming the option, its value and the range.
+        """
+        _check("memory_budget_bytes", self.memory_budget_bytes, 1, 2**53)
+        _check("max_context_tokens", self.max_context_tokens, MIN_CONTEXT_TOKENS, 2**31 - 1)
+        _check("slots", self.slots, 1, MAX_SLOTS)
+        _check("threads", self.threads, 1, 256)
+        _check("prefill_chunk_tokens", self.prefill_chunk_tokens, 1, 8192)
+        _check("max_queued_requests", self.max_queued_requests, 1, 65536)
+
+
+def _check(option: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"engine option {option} is {value}, but must be {low} to {high}")

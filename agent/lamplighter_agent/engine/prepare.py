@@ -1,0 +1,256 @@
+"""Prepared packages: weights packed for this CPU and this onnxruntime, made once on the device, mapped at every load.
+
+``ROOT/NAME-VERSION-CPU-ONNXRUNTIME/`` holds ``model.onnx``, ``model.onnx.data`` and ``prepared.json`` with
+the key (what the copy was made from and for) and each file's length and sha256. A copy whose key or hashes do not
+agree is not used; the engine then loads the package as built. ``python -m lamplighter_agent.engine.prepare PACKAGE
+ROOT`` makes one in a process of its own, whose memory the system gets back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from lamplighter_agent.engine.memory import physical_cores
+from lamplighter_agent.engine.session import check_operators, onnxruntime_version, save_prepacked
+from lamplighter_agent.errors import DiskFullError, LamplighterError, PackageError, StoreError
+from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME
+from lamplighter_agent.package.manifest import Manifest, decode_manifest
+
+PREPARED_NAME: Final = "prepared.json"
+FORMAT: Final = 1
+"""Raised when session options change what a copy holds."""
+
+_DISK_FACTOR: Final = 3
+"""A copy holds the weights as built and as packed: 2.3 times the package's in measurement."""
+
+_CPU_FLAGS: Final = re.compile(r"^(?:flags|Features)\s*:(.*)$", re.MULTILINE)
+
+
+class PreparedKey(msgspec.Struct, frozen=True, kw_only=True):
+    """What a copy was made from and for; a copy is used only under the very same key."""
+
+    format: int
+    package: str
+    manifest_sha256: str
+    cpu: str
+    onnxruntime: str
+
+
+class PreparedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """A file of a copy."""
+
+    name: str
+    length: int
+    sha256: str
+
+
+class PreparedRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Content of ``prepared.json``."""
+
+    key: PreparedKey
+    files: tuple[PreparedFile, ...]
+
+
+def prepared_key(package: Path, *, cpu: str | None = None, onnxruntime: str | None = None) -> PreparedKey:
+    """Return the key of a package's copy on this machine.
+
+    Args:
+        package: The package directory.
+        cpu: CPU identity; None: this machine's.
+        onnxruntime: Version; None: the one in use.
+
+    Raises:
+        PackageError: If the manifest cannot be read.
+    """
+    manifest, data = _read_manifest(package)
+    return PreparedKey(
+        format=FORMAT,
+        package=manifest.reference,
+        manifest_sha256=hashlib.sha256(data).hexdigest(),
+        cpu=cpu_identity() if cpu is None else cpu,
+        onnxruntime=onnxruntime_version() if onnxruntime is None else onnxruntime,
+    )
+
+
+def cpu_identity(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the architecture and a digest of the instruction-set flags, which decide how weights are packed."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = _CPU_FLAGS.search(text)
+    flags = " ".join(sorted(found.group(1).split())) if found else platform.processor()
+    return f"{platform.machine()}_{hashlib.sha256(flags.encode()).hexdigest()[:12]}"
+
+
+def prepared_directory(root: Path, key: PreparedKey) -> Path:
+    """Return where a copy with this key lies under ``root``."""
+    return root / f"{key.package.replace('/', '-')}-{key.cpu}-{key.onnxruntime}"
+
+
+def check_prepared(directory: Path, key: PreparedKey) -> str | None:
+    """Return why a copy cannot be used, judged by its record and file lengths; None if it can so far."""
+    record = _read_record(directory)
+    if record is None:
+        return f"{directory} holds no readable {PREPARED_NAME}"
+    if record.key != key:
+        return f"{directory} was prepared for another package, CPU or onnxruntime"
+    if {entry.name for entry in record.files} != {MODEL_NAME, WEIGHTS_NAME}:
+        return f"{directory / PREPARED_NAME} lists other files than a copy has"
+    for entry in record.files:
+        path = directory / entry.name
+        if not path.is_file() or path.is_symlink() or path.stat().st_size != entry.length:
+            return f"{path} is missing or not {entry.length} bytes long"
+    return None
+
+
+def damaged_file(directory: Path) -> str | None:
+    """Return the name of the first file whose sha256 is not the record's; None if all agree. Reads everything."""
+    record = _read_record(directory)
+    if record is None:
+        return PREPARED_NAME
+    for entry in record.files:
+        if _sha256(directory / entry.name) != entry.sha256:
+            return entry.name
+    return None
+
+
+def prepare(package: Path, root: Path, *, key: PreparedKey | None = None) -> Path:
+    """Make the copy of a package for this machine unless a good one is there; remove copies of it with other keys.
+
+    Safe to interrupt and run again: the copy appears under its name only when it is whole and on disk.
+
+    Args:
+        package: The package directory.
+        root: Directory of the copies; made if missing.
+        key: The key to use; None: this machine's.
+
+    Returns:
+        The copy's directory.
+
+    Raises:
+        PackageError: If the package cannot be read or run.
+        DiskFullError: If there is too little space.
+        StoreError: If the file system refuses otherwise.
+        EngineError: If the runtime fails.
+    """
+    key = prepared_key(package) if key is None else key
+    directory = prepared_directory(root, key)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_stale(root, key, keep=directory)
+        if check_prepared(directory, key) is None and damaged_file(directory) is None:
+            return directory
+        _check_space(package, root)
+        temporary = root / f".{directory.name}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            _write_copy(package, temporary, key)
+            _replace_directory(temporary, directory)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise StoreError(f"{directory}: cannot write the prepared copy: {error}") from error
+    return directory
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prepare a package from the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="lamplighter_agent.engine.prepare", description=__doc__.partition("\n")[0])
+    parser.add_argument("package", type=Path, help="package directory")
+    parser.add_argument("root", type=Path, help="directory of the prepared copies")
+    options = parser.parse_args(arguments)
+    try:
+        directory = prepare(options.package, options.root)
+    except LamplighterError as error:
+        sys.stderr.write(f"error: {error.diagnostics()}\n")
+        return error.exit_code
+    sys.stdout.write(f"{directory}\n")
+    return 0
+
+
+def _read_manifest(package: Path) -> tuple[Manifest, bytes]:
+    path = package / MANIFEST_NAME
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PackageError(f"{path}: cannot read the manifest: {error}") from error
+    return decode_manifest(data, origin=str(path)), data
+
+
+def _read_record(directory: Path) -> PreparedRecord | None:
+    try:
+        return msgspec.json.decode((directory / PREPARED_NAME).read_bytes(), type=PreparedRecord)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _write_copy(package: Path, directory: Path, key: PreparedKey) -> None:
+    check_operators(package / MODEL_NAME)
+    save_prepacked(package / MODEL_NAME, directory, threads=physical_cores())
+    files = []
+    for name in (MODEL_NAME, WEIGHTS_NAME):
+        path = directory / name
+        files.append(PreparedFile(name=name, length=path.stat().st_size, sha256=_sha256(path)))
+        _sync(path)
+    record = directory / PREPARED_NAME
+    record.write_bytes(msgspec.json.encode(PreparedRecord(key=key, files=tuple(files))))
+    _sync(record)
+    _sync(directory)
+
+
+def _replace_directory(temporary: Path, directory: Path) -> None:
+    """Move a finished copy to its name; a bad one that is there goes first."""
+    if directory.exists():
+        discarded = temporary.with_name(f"{temporary.name}.old")
+        directory.rename(discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
+    temporary.rename(directory)
+    _sync(directory.parent)
+
+
+def _remove_stale(root: Path, key: PreparedKey, *, keep: Path) -> None:
+    """Remove this package's copies for other CPUs and runtimes, and what interrupted runs left."""
+    for path in root.iterdir():
+        record = _read_record(path) if path != keep and not path.name.startswith(".") else None
+        unfinished = path.name.startswith(f".{keep.name}.")
+        if unfinished or (record is not None and record.key.package == key.package):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_space(package: Path, root: Path) -> None:
+    needed = _DISK_FACTOR * (package / WEIGHTS_NAME).stat().st_size
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise DiskFullError(
+            f"{root}: preparing {package.name} needs about {needed} bytes, but {free} are free",
+            hint="free space, or run without prepared copies",
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Continuous batching: requests join and leave while others are generated, inside the memory plan.
+
+Each ``step`` computes at most one prefill chunk and one batched decode step, so a long prompt delays the others' next
+token by one chunk, and a cancel or a deadline takes effect within a step.
+
+The slots in use are kept dense, those that decode first: ``0 … decoding-1`` decode together, the following ones are in
+prefill, one chunk a step, in turns of the oldest and the one with the least left. Chunks have a fixed size whatever
+else is running, and rows of a batch do not mix, so that a request's result depends on the others only as far as the
+kernels make it.
+
+Every request reserves cache tokens from the plan's ``kv_tokens``: for prompt and ``max_tokens`` at its start; without
+``max_tokens`` for the prompt and a block, which is extended while there is room. So the cache never exceeds the plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from lamplighter_agent.engine.detokenizer import Decoder
+from lamplighter_agent.engine.events import Event, Failed, FinishReason
+from lamplighter_agent.engine.kv_cache import KVCache
+from lamplighter_agent.engine.memory import MemoryPlan
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.sampling import Logits
+from lamplighter_agent.engine.sequence import Sequence
+from lamplighter_agent.errors import ContextOverflowError, EngineError, RequestError
+from lamplighter_agent.package.manifest import GenerationDefaults
+
+_EXTENSION_TOKENS: Final = 256
+_RETRY_AFTER_S: Final = 2.0
+
+
+class Runner(Protocol):
+    """What computes; see ``runner.ModelRunner``."""
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache whose slots the scheduler assigns."""
+
+    def prefill(self, slot: int, tokens: list[int]) -> Logits:
+        """Append tokens to a slot and return the logits behind the last one."""
+
+    def decode(self, tokens: list[int]) -> Logits:
+        """Append a token to each of the first slots and return a row of logits for each."""
+
+
+class Scheduler:
+    """Drives a runner for many requests. Not thread-safe: one thread calls everything.
+
+    Args:
+        runner: Computes prefill chunks and decode steps.
+        decoder: Turns tokens into text.
+        defaults: The package's stop tokens and sampling defaults.
+        plan: Slots, context and cache tokens to keep to.
+        vocab_size: Tokens that may occur.
+        max_queued_requests: Requests that may wait for a slot.
+        clock: Monotonic seconds; deadlines are on this clock.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        decoder: Decoder,
+        *,
+        defaults: GenerationDefaults,
+        plan: MemoryPlan,
+        vocab_size: int,
+        max_queued_requests: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._runner = runner
+        self._decoder = decoder
+        self._defaults = defaults
+        self._plan = plan
+        self._vocab_size = vocab_size
+        self._max_queued = max_queued_requests
+        self._clock = clock
+        self._waiting: deque[Sequence] = deque()
+        self._slots: list[Sequence] = []
+        self._decoding = 0
+        self._reserved = 0
+        self._oldest_turn = True
+        self._closing: list[Event] = []
+
+    @property
+    def idle(self) -> bool:
+        """True if a step would do nothing."""
+        return not (self._waiting or self._slots or self._closing)
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._slots)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting)
+
+    def submit(self, request_id: str, prompt_tokens: list[int], params: GenerationParams) -> None:
+        """Accept a request; its events come from ``step``.
+
+        Raises:
+            RequestError: If an option or a token is out of range, the id is in use (409), or the queue is full (429).
+            ContextOverflowError: If the prompt leaves no room for a token.
+        """
+        params.validate()
+        params.check_vocabulary(self._vocab_size)
+        self._check_prompt(prompt_tokens)
+        if self._find(request_id) is not None:
+            raise RequestError(f"request {request_id!r} is already being served", code=409, param="id")
+        if len(self._waiting) >= self._max_queued:
+            raise RequestError(
+                f"{len(self._waiting)} requests are already waiting", code=429, retry_after_s=_RETRY_AFTER_S
+            )
+        room = self._plan.max_context_tokens - len(prompt_tokens)
+        eos = () if params.ignore_eos else self._defaults.eos_token_ids
+        self._waiting.append(
+            Sequence(
+                request_id,
+                list(prompt_tokens),
+                params.with_defaults(self._defaults),
+                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                limit=room if params.max_tokens is None else min(params.max_tokens, room),
+                decoder=self._decoder,
+                vocab_size=self._vocab_size,
+                submitted_s=self._clock(),
+            )
+        )
+
+    def cancel(self, request_id: str) -> None:
+        """End a request now; its slot is free at once and ``step`` reports it. Unknown ids have ended before."""
+        sequence = self._find(request_id)
+        if sequence is not None:
+            self._close(sequence, "cancelled", self._closing)
+
+    def step(self) -> list[Event]:
+        """Do one round: end what is over, admit what fits, one prefill chunk, one decode step; return what happened."""
+        events, self._closing = self._closing, []
+        now = self._clock()
+        for sequence in [*self._slots, *self._waiting]:
+            if sequence.deadline_s is not None and now >= sequence.deadline_s:
+                self._close(sequence, "deadline", events)
+        self._admit(now)
+        if self._decoding < len(self._slots):
+            self._prefill_chunk(events)
+        if self._decoding:
+            self._decode_step(events)
+        return events
+
+    def _check_prompt(self, tokens: list[int]) -> None:
+        if not tokens:
+            raise RequestError("the prompt is empty", param="prompt")
+        if len(tokens) >= self._plan.max_context_tokens:
+            raise ContextOverflowError(
+                f"the prompt has {len(tokens)} tokens, but the context on this machine is "
+                f"{self._plan.max_context_tokens} tokens for prompt and text",
+                code=413,
+                param="prompt",
+                hint="shorten the prompt, or raise max_context_tokens or the memory budget",
+            )
+        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            raise RequestError(
+                f"the prompt holds a token id outside the vocabulary of {self._vocab_size}", param="prompt"
+            )
+
+    def _find(self, request_id: str) -> Sequence | None:
+        for sequence in (*self._slots, *self._waiting):
+            if sequence.request_id == request_id:
+                return sequence
+        return None
+
+    def _admit(self, now: float) -> None:
+        """Give slots to waiting requests in their order, as long as slot and cache tokens are there."""
+        while self._waiting and len(self._slots) < self._plan.slots:
+            sequence = self._waiting[0]
+            ahead = min(sequence.limit, _EXTENSION_TOKENS) if sequence.open_ended else sequence.limit
+            wanted = len(sequence.prompt) + ahead
+            if self._reserved + wanted > self._plan.kv_tokens:
+                return
+            self._waiting.popleft()
+            self._reserved += wanted
+            sequence.reserved = wanted
+            sequence.start(now)
+            self._slots.append(sequence)
+
+    def _prefill_chunk(self, events: list[Event]) -> None:
+        candidates = self._slots[self._decoding :]
+        if self._oldest_turn:
+            sequence = min(candidates, key=lambda other: other.started_s)
+        else:
+            sequence = min(candidates, key=lambda other: len(other.prompt) - other.prefilled)
+        self._oldest_turn = not self._oldest_turn
+        slot = self._slots.index(sequence)
+        tokens = sequence.remaining_prompt(self._plan.prefill_chunk_tokens)
+        try:
+            logits = self._runner.prefill(slot, tokens)
+        except EngineError as error:
+            self._fail(sequence, error, events)
+            return
+        sequence.prefilled += len(tokens)
+        if not sequence.in_prefill:
+            self._exchange(slot, self._decoding)
+            self._decoding += 1
+            self._take(sequence, logits, events)
+
+    def _decode_step(self, events: list[Event]) -> None:
+        now = self._clock()
+        for sequence in self._slots[: self._decoding]:
+            if not self._extend(sequence):
+                self._close(sequence, "length", events, now=now)
+        batch = self._slots[: self._decoding]
+        if not batch:
+            return
+        try:
+            logits = self._runner.decode([sequence.last_token for sequence in batch])
+        except EngineError as error:
+            for sequence in batch:
+                self._fail(sequence, error, events)
+            return
+        for sequence, row in zip(batch, logits, strict=True):
+            self._take(sequence, row, events)
+
+    def _take(self, sequence: Sequence, logits: Logits, events: list[Event]) -> None:
+        now = self._clock()
+        try:
+            delta, reason = sequence.take(logits, now)
+        except EngineError as error:
+            self._fail(sequence, error, events)
+            return
+        if delta is not None:
+            events.append(delta)
+        if reason is not None:
+            self._close(sequence, reason, events, now=now)
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """Make sure that the next token's place is reserved; False if the plan has no room left."""
+        needed = len(sequence.prompt) + sequence.generated
+        if needed <= sequence.reserved:
+            return True
+        most = len(sequence.prompt) + sequence.limit
+        more = min(_EXTENSION_TOKENS, most - sequence.reserved, self._plan.kv_tokens - self._reserved)
+        if more <= 0:
+            return False
+        sequence.reserved += more
+        self._reserved += more
+        return True
+
+    def _close(
+        self, sequence: Sequence, reason: FinishReason, events: list[Event], *, now: float | None = None
+    ) -> None:
+        events.append(sequence.finish(reason, self._clock() if now is None else now))
+        self._remove(sequence)
+
+    def _fail(self, sequence: Sequence, error: EngineError, events: list[Event]) -> None:
+        events.append(Failed(sequence.request_id, error.reason, error.message))
+        self._remove(sequence)
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Take a request out of the queue or its slot, keep the slots dense and give the cache's memory back."""
+        if sequence not in self._slots:
+            self._waiting.remove(sequence)
+            return
+        slot = self._slots.index(sequence)
+        self._runner.cache.trim(slot, self._runner.cache.capacity)
+        if slot < self._decoding:
+            self._decoding -= 1
+            self._exchange(slot, self._decoding)
+            slot = self._decoding
+        last = len(self._slots) - 1
+        self._exchange(slot, last)
+        self._slots.pop()
+        self._runner.cache.release(last)
+        self._reserved -= sequence.reserved
+
+    def _exchange(self, first: int, second: int) -> None:
+        if first != second:
+            self._runner.cache.swap(first, second)
+            self._slots[first], self._slots[second] = self._slots[second], self._slots[first]

@@ -1,0 +1,140 @@
+"""One request on its way through the scheduler: what was asked, what was generated, when."""
+
+from __future__ import annotations
+
+import secrets
+
+from lamplighter_agent.engine.detokenizer import Decoder, StopStrings, StreamingDetokenizer
+from lamplighter_agent.engine.events import Finished, FinishReason, TextDelta, Timings, Usage
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.sampling import Logits, Sampler
+
+
+class Sequence:
+    """A request that was accepted.
+
+    Args:
+        request_id: Its id.
+        prompt: Token ids of the prompt.
+        params: Options with the package's defaults filled in.
+        stop_ids: Tokens that end it.
+        limit: Tokens that it may generate at most.
+        decoder: Turns tokens into text.
+        vocab_size: Tokens that may be drawn.
+        submitted_s: Monotonic time of its submission.
+
+    Attributes:
+        prefilled: Prompt tokens computed so far.
+        generated: Tokens drawn so far.
+        reserved: Cache tokens set aside for it.
+        started_s: Monotonic time at which it got a slot.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: GenerationParams,
+        *,
+        stop_ids: frozenset[int],
+        limit: int,
+        decoder: Decoder,
+        vocab_size: int,
+        submitted_s: float,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt = prompt
+        self.limit = limit
+        self.deadline_s = params.deadline_s
+        self.open_ended = params.max_tokens is None
+        self.prefilled = 0
+        self.generated = 0
+        self.reserved = 0
+        self.last_token = -1
+        self._min_tokens = params.min_tokens
+        self._stop_ids = stop_ids
+        self._sampler = Sampler(
+            params,
+            prompt,
+            stop_ids=stop_ids,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            vocab_size=vocab_size,
+        )
+        self._detokenizer = StreamingDetokenizer(decoder)
+        self._stops = StopStrings(params.stop)
+        self._stop_string_met = False
+        self._submitted_s = submitted_s
+        self.started_s = submitted_s
+        self._started = False
+        self._first_token_s: float | None = None
+        self._last_token_s = submitted_s
+
+    def start(self, now: float) -> None:
+        """Note that the request got a slot."""
+        self.started_s = now
+        self._started = True
+
+    def remaining_prompt(self, most: int) -> list[int]:
+        """Return the next prompt tokens to compute, at most ``most``."""
+        return self.prompt[self.prefilled : self.prefilled + most]
+
+    @property
+    def in_prefill(self) -> bool:
+        """True until the whole prompt is computed."""
+        return self.prefilled < len(self.prompt)
+
+    def take(self, logits: Logits, now: float) -> tuple[TextDelta | None, FinishReason | None]:
+        """Draw the next token.
+
+        Args:
+            logits: float32 [n]: what the model says behind the last token.
+            now: Monotonic time.
+
+        Returns:
+            The new token with its text, None for a stop token; and why the request is complete, None if it is not.
+
+        Raises:
+            EngineError: If the logits are not finite.
+        """
+        token_id, report = self._sampler.sample(logits)
+        self.generated += 1
+        self.last_token = token_id
+        self._last_token_s = now
+        if self._first_token_s is None:
+            self._first_token_s = now
+        if token_id in self._stop_ids:
+            return None, "stop"
+        text = self._detokenizer.push(token_id)
+        if self.generated >= self._min_tokens:
+            text, self._stop_string_met = self._stops.push(text)
+        delta = TextDelta(self.request_id, text, (token_id,), None if report is None else (report,))
+        if self._stop_string_met:
+            return delta, "stop"
+        return delta, "length" if self.generated >= self.limit else None
+
+    def finish(self, reason: FinishReason, now: float) -> Finished:
+        """Return the closing event, with the text that was held back."""
+        tail = ""
+        if not self._stop_string_met:
+            tail, met = self._stops.push(self._detokenizer.finish())
+            tail += self._stops.finish()
+            if met and reason == "length":
+                reason = "stop"
+        return Finished(self.request_id, reason, tail, self._usage(), self._timings(now))
+
+    def _usage(self) -> Usage:
+        return Usage(prompt_tokens=len(self.prompt), cached_tokens=0, generated_tokens=self.generated)
+
+    def _timings(self, now: float) -> Timings:
+        started = self.started_s if self._started else now
+        first = now if self._first_token_s is None else self._first_token_s
+        prefill_s = first - started
+        decode_s = max(self._last_token_s - first, 0.0)
+        return Timings(
+            queue_s=started - self._submitted_s,
+            prefill_s=prefill_s,
+            first_token_s=first - self._submitted_s,
+            decode_s=decode_s,
+            prompt_tokens_per_s=self.prefilled / prefill_s if prefill_s > 0 else 0.0,
+            generated_tokens_per_s=(self.generated - 1) / decode_s if decode_s > 0 else 0.0,
+        )

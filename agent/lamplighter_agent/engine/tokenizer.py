@@ -1,0 +1,150 @@
+"""The package's tokenizer: text to token ids, in which text from outside never becomes a special token."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from lamplighter_agent.errors import IncompatiblePackageError, PackageError
+from lamplighter_agent.package.chat_format import Segment
+
+_BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class PackageTokenizer:
+    """Wraps ``tokenizers.Tokenizer``; not safe for use by several threads at once.
+
+    Args:
+        tokenizer: The loaded tokenizer; padding and truncation are switched off.
+        byte_fallback: True if its decoder turns tokens such as ``<0x0A>`` into bytes.
+
+    Attributes:
+        special_ids: Ids of the special tokens, none of which may come from message content.
+        byte_token_ids: Ids that stand for one byte each; empty unless ``byte_fallback``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, byte_fallback: bool) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.byte_token_ids = frozenset(
+            token_id
+            for token, token_id in (tokenizer.get_vocab().items() if byte_fallback else ())
+            if _BYTE_TOKEN.fullmatch(token)
+        )
+
+    @classmethod
+    def from_file(cls, path: Path) -> PackageTokenizer:
+        """Load ``tokenizer.json``.
+
+        Raises:
+            PackageError: If the file is missing or cannot be read.
+            IncompatiblePackageError: If this version of ``tokenizers`` does not understand it.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PackageError(f"{path}: cannot read the tokenizer: {error}") from error
+        try:
+            byte_fallback = _uses_byte_fallback(json.loads(text).get("decoder"))
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception for whatever it does not understand
+            raise IncompatiblePackageError(f"{path}: not a tokenizer that this agent understands: {error}") from error
+        return cls(tokenizer, byte_fallback=byte_fallback)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Return the token ids of a text, without any token that the text does not contain.
+
+        Args:
+            text: The text.
+            special: True if special tokens written in the text count as such; False reads them as plain characters.
+        """
+        if special:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        self._tokenizer.encode_special_tokens = True
+        try:
+            ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._tokenizer.encode_special_tokens = False
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        # A unigram model may hold a special token's text as an ordinary piece; single characters cannot be one.
+        return [token_id for character in text for token_id in self._encode_character(character)]
+
+    def encode_segments(self, segments: list[Segment]) -> list[int]:
+        """Return the token ids of a rendered conversation.
+
+        The whole text is encoded at once, exactly as Hugging Face does it. If that gives other special tokens than
+        the trusted segments alone, message content holds the text of special tokens: then the runs between the
+        format's own special tokens are encoded with special tokens off.
+        """
+        ids = self.encode("".join(segment.text for segment in segments), special=True)
+        wanted = [
+            token_id
+            for segment in segments
+            if segment.trusted
+            for token_id in self.encode(segment.text, special=True)
+            if token_id in self.special_ids
+        ]
+        if [token_id for token_id in ids if token_id in self.special_ids] == wanted:
+            return ids
+        return self._encode_guarded(segments)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of the tokens, special tokens left out."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token, special tokens included; bytes that are no text show as U+FFFD."""
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+
+    def _encode_guarded(self, segments: list[Segment]) -> list[int]:
+        ids: list[int] = []
+        run = ""
+        for segment in segments:
+            if not segment.trusted:
+                run += segment.text
+                continue
+            for token_id, text in self._split_special(segment.text):
+                run += text
+                if token_id is not None:
+                    ids += self.encode(run, special=False)
+                    ids.append(token_id)
+                    run = ""
+        return ids + self.encode(run, special=False)
+
+    def _split_special(self, text: str) -> Iterator[tuple[int | None, str]]:
+        """Yield each special token of trusted text with the plain text before it, then None with the rest."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        position = 0
+        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id in self.special_ids:
+                yield token_id, text[position:start]
+                position = end
+        yield None, text[position:]
+
+    def _encode_character(self, character: str) -> list[int]:
+        ids = self._tokenizer.encode(character, add_special_tokens=False).ids
+        return [token_id for token_id in ids if token_id not in self.special_ids]
+
+
+def _uses_byte_fallback(decoder: object) -> bool:
+    """Tell whether a decoder of ``tokenizer.json``, or one inside its sequence, is ``ByteFallback``."""
+    if not isinstance(decoder, dict):
+        return False
+    if decoder.get("type") == "ByteFallback":
+        return True
+    nested = decoder.get("decoders")
+    return isinstance(nested, list) and any(_uses_byte_fallback(inner) for inner in nested)
