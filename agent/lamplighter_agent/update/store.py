@@ -33,7 +33,6 @@ from lamplighter_agent.errors import (
 from lamplighter_agent.package.durable import (
     make_directory,
     move,
-    point_link,
     remove_directory,
     remove_file,
     storage_errors,
@@ -44,6 +43,7 @@ from lamplighter_agent.package.hashing import verify_file
 from lamplighter_agent.package.layout import MANIFEST_NAME, check_sha256
 from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest
 from lamplighter_agent.update.installed import InstalledPackage, read_manifest, regular_size
+from lamplighter_agent.update.links import PackageLink
 from lamplighter_agent.update.states import PackageRef
 
 _PART = ".part"
@@ -67,8 +67,8 @@ class Store:
         self.packages_dir = root / "packages"
         self.prepared_dir = root / "prepared"
         self.staging_dir = root / "staging"
-        self._current = root / "current"
-        self._previous = root / "previous"
+        self._current = PackageLink(root / "current")
+        self._previous = PackageLink(root / "previous")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -110,7 +110,7 @@ class Store:
             ManifestError: If its manifest cannot be read.
         """
         package = self._linked(self._previous)
-        current = self._link_target(self._current)
+        current = self._current.target()
         # A crash between the two steps of an activation leaves both links at the same package.
         return None if package is None or package.reference == current else package
 
@@ -123,6 +123,13 @@ class Store:
             except ManifestError:
                 continue
         return tuple(sorted(found))
+
+    def newest(self, count: int) -> tuple[PackageRef, ...]:
+        """Return the ``count`` packages that came last, without the one in use."""
+        current = self._current.target()
+        others = [reference for reference in self.installed() if reference != current]
+        others.sort(key=lambda reference: self._package_dir(reference).stat().st_mtime_ns, reverse=True)
+        return tuple(others[:count])
 
     def package(self, reference: PackageRef) -> InstalledPackage:
         """Return an installed package.
@@ -236,28 +243,42 @@ class Store:
             StoreError: If the file system refuses; the package in use is then as before.
         """
         self.package(reference)
-        before = self._link_target(self._current)
+        before = self._current.target()
         if before == reference:
             return
         with storage_errors(f"activating {reference}"):
             if before is not None:
-                point_link(self._previous, _target_text(before))
-            point_link(self._current, _target_text(reference))
+                self._previous.point(before)
+            self._current.point(reference)
 
     def roll_back(self) -> InstalledPackage:
-        """Make the previous package the one in use again; afterwards there is no previous one.
+        """Make the previous package, verified, the one in use again; afterwards there is no previous one.
 
         Raises:
             UnknownPackageError: If there is no previous package.
+            MissingFileError: If a file of it is missing.
+            HashMismatchError: If a file of it is damaged.
             StoreError: If the file system refuses.
         """
         package = self.previous()
         if package is None:
             raise UnknownPackageError(f"{self.root}: there is no previous package to roll back to")
-        with storage_errors(f"rolling back to {package.reference}"):
-            point_link(self._current, _target_text(package.reference))
-            remove_file(self._previous)
+        self.verify(package)
+        self.return_to(package.reference)
         return package
+
+    def return_to(self, reference: PackageRef | None) -> None:
+        """Undo an activation: the package in use is again the one before, or none; there is no previous one.
+
+        Raises:
+            StoreError: If the file system refuses.
+        """
+        with storage_errors(f"returning to {reference or 'no package'}"):
+            if reference is None:
+                self._current.remove()
+            else:
+                self._current.point(reference)
+            self._previous.remove()
 
     def discard(self, reference: PackageRef) -> None:
         """Remove an installed package that is not in use; its blobs stay until `prune`.
@@ -265,11 +286,11 @@ class Store:
         Raises:
             StoreError: If it is in use, or the file system refuses.
         """
-        if reference == self._link_target(self._current):
+        if reference == self._current.target():
             raise StoreError(f"{reference} is in use and cannot be removed")
         with storage_errors(f"removing {reference}"):
-            if reference == self._link_target(self._previous):
-                remove_file(self._previous)
+            if reference == self._previous.target():
+                self._previous.remove()
             remove_directory(self._package_dir(reference), self.staging_dir / "removed-package")
 
     def discard_bad_files(self, package: InstalledPackage) -> tuple[str, ...]:
@@ -291,6 +312,17 @@ class Store:
                     remove_file(self.blob_path(entry))
         return tuple(bad)
 
+    def discard_parts(self, manifest: Manifest) -> None:
+        """Remove what an unfinished download of a package left, to give the space back.
+
+        Raises:
+            StoreError: If the file system refuses.
+        """
+        with storage_errors(f"removing unfinished downloads of {manifest.reference}"):
+            for entry in manifest.files:
+                blob = self.blob_path(entry)
+                remove_file(blob.with_name(blob.name + _PART))
+
     def prune(self, keep: Collection[PackageRef] = (), *, keep_blobs_of: Manifest | None = None) -> None:
         """Remove packages, blobs and prepared weights that nothing needs.
 
@@ -301,7 +333,7 @@ class Store:
         Raises:
             StoreError: If the file system refuses.
         """
-        kept = {*keep, self._link_target(self._current), self._link_target(self._previous)}
+        kept = {*keep, self._current.target(), self._previous.target()}
         for reference in self.installed():
             if reference not in kept:
                 self.discard(reference)
@@ -351,28 +383,9 @@ class Store:
             temporary.replace(place)
         sync_directory(directory)
 
-    def _linked(self, link: Path) -> InstalledPackage | None:
-        reference = self._link_target(link)
+    def _linked(self, link: PackageLink) -> InstalledPackage | None:
+        reference = link.target()
         return None if reference is None else self.package(reference)
-
-    def _link_target(self, link: Path) -> PackageRef | None:
-        """Return the package that a link names.
-
-        Raises:
-            StoreError: If it names anything but a package of this store.
-        """
-        try:
-            parts = link.readlink().parts
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"{link}: {error.strerror}", hint="it must be a symbolic link to a package") from error
-        if len(parts) != 3 or parts[0] != self.packages_dir.name:
-            raise StoreError(f"{link}: leads to {'/'.join(parts)}, which is no package of this store")
-        try:
-            return PackageRef(parts[1], parts[2])
-        except ManifestError as error:
-            raise StoreError(f"{link}: leads to {'/'.join(parts)}, which is no package of this store") from error
 
     def _package_dir(self, reference: PackageRef) -> Path:
         return self.packages_dir / reference.name / reference.version
@@ -380,10 +393,6 @@ class Store:
     def _part_bytes(self, entry: FileEntry) -> int:
         blob = self.blob_path(entry)
         return min(regular_size(blob.with_name(blob.name + _PART)) or 0, entry.length)
-
-
-def _target_text(reference: PackageRef) -> str:
-    return f"packages/{reference}"
 
 
 def _children(directory: Path) -> list[Path]:

@@ -83,6 +83,11 @@ class TrustedRepository:
         self._fetcher = _Fetcher(downloader)
         self._updater: Updater | None = None
 
+    @property
+    def last_file(self) -> str | None:
+        """Path in the repository of the file that was asked for last, or None."""
+        return self._fetcher.last_path or None
+
     def check(self) -> None:
         """Bring the trusted metadata up to date.
 
@@ -163,6 +168,7 @@ class TrustedRepository:
             raise MetadataError(f"targets.json: {path} is listed without a sha256")
         directory, _, name = path.rpartition("/")
         place = f"{_TARGETS}{directory}/{digest}.{name}"
+        self._fetcher.last_path = place
         data = self._downloader.fetch_bytes(place, target.length)
         try:
             target.verify_length_and_hashes(data)

@@ -1,0 +1,164 @@
+"""The first half of an update: from a signed name to a verified package directory in the store."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from lamplighter_agent.errors import (
+    DiskFullError,
+    HashMismatchError,
+    ManifestError,
+    MissingFileError,
+    TrialFailedError,
+)
+from lamplighter_agent.package.layout import MANIFEST_NAME
+from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest
+from lamplighter_agent.update.attempt import Attempt
+from lamplighter_agent.update.compatibility import DeviceFacts, check_compatible
+from lamplighter_agent.update.downloader import Downloader
+from lamplighter_agent.update.installed import InstalledPackage
+from lamplighter_agent.update.states import UpdateState
+from lamplighter_agent.update.store import Store
+from lamplighter_agent.update.trust import TrustedRepository
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Acquirer:
+    """Brings one package into the store.
+
+    Attributes:
+        store: Where it goes.
+        downloader: Reads the repository; its cancel event is ``attempt.stop``.
+        repository: Says what is signed.
+        device: What this device offers.
+        parallel_downloads: Files fetched at once.
+        progress_interval_s: Time between two progress reports.
+    """
+
+    store: Store
+    downloader: Downloader
+    repository: TrustedRepository
+    device: DeviceFacts
+    parallel_downloads: int
+    progress_interval_s: float
+
+    def obtain(self, attempt: Attempt) -> InstalledPackage:
+        """Check, download and verify what the attempt wants, and return the staged package.
+
+        Raises:
+            PackageError: If it is not signed, not whole, not for this device, or failed here before.
+            DownloadError: If it cannot be fetched.
+            StoreError: If the disk is full or refuses.
+            UpdateCancelledError: If the attempt was cancelled.
+        """
+        attempt.enter(UpdateState.CHECKING)
+        try:
+            manifest_bytes = self.repository.fetch_manifest(attempt.desired.reference)
+        finally:
+            attempt.file = self.repository.last_file
+        attempt.manifest_sha256 = hashlib.sha256(manifest_bytes).hexdigest()
+        manifest = decode_manifest(manifest_bytes, origin=f"{attempt.desired.reference}/{MANIFEST_NAME}")
+        if manifest.reference != str(attempt.desired.reference):
+            raise ManifestError(f"the manifest signed as {attempt.desired.reference} describes {manifest.reference}")
+        attempt.file = None
+        failed = attempt.failure_before()
+        if failed is not None and not attempt.desired.policy.retry_failed:
+            raise TrialFailedError(
+                f"{manifest.reference} failed on this device before: {failed.message}",
+                hint="publish it changed, under a new version, or ask for it with policy.retry_failed",
+            )
+        check_compatible(manifest, self.device)
+        self._make_room(manifest)
+        # A blob of an earlier version may have rotted on the disk: what is found damaged is fetched once more.
+        try:
+            return self._fetch_and_stage(attempt, manifest, manifest_bytes)
+        except (HashMismatchError, MissingFileError) as error:
+            if attempt.step is not UpdateState.VERIFYING:
+                raise
+            logger.warning("%s; fetching it again", error)
+            return self._fetch_and_stage(attempt, manifest, manifest_bytes)
+
+    def _make_room(self, manifest: Manifest) -> None:
+        """Check that package and prepared weights fit, removing what is not needed if they do not."""
+        extra_bytes = manifest.memory.weights_bytes
+        try:
+            self.store.preflight(manifest, extra_bytes=extra_bytes)
+        except DiskFullError as error:
+            logger.info("pruning the store: %s", error)
+            self.store.prune(keep_blobs_of=manifest)
+            self.store.preflight(manifest, extra_bytes=extra_bytes)
+
+    def _fetch_and_stage(self, attempt: Attempt, manifest: Manifest, manifest_bytes: bytes) -> InstalledPackage:
+        attempt.enter(UpdateState.DOWNLOADING)
+        try:
+            self._download(attempt, manifest)
+        except DiskFullError:
+            self.store.discard_parts(manifest)
+            raise
+        attempt.enter(UpdateState.VERIFYING)
+        package = self.store.stage(manifest_bytes)
+        try:
+            for entry in manifest.files:
+                attempt.file = entry.name
+                self.store.verify(package, only={entry.name})
+        except (HashMismatchError, MissingFileError):
+            self.store.discard_bad_files(package)
+            raise
+        attempt.file = None
+        return package
+
+    def _download(self, attempt: Attempt, manifest: Manifest) -> None:
+        missing = self.store.missing_blobs(manifest)
+        arrived = _Arrived(self.store.bytes_present(manifest), manifest.total_bytes)
+        attempt.progress(*arrived.figures())
+        if not missing:
+            return
+        with ThreadPoolExecutor(self.parallel_downloads, thread_name_prefix="download") as pool:
+            futures = {pool.submit(self._download_blob, entry, arrived): entry for entry in missing}
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, timeout=self.progress_interval_s, return_when=FIRST_EXCEPTION)
+                if failed := next((future for future in done if future.exception() is not None), None):
+                    self._end_others(attempt, waiting)
+                    attempt.file = futures[failed].name
+                    failed.result()
+                attempt.progress(*arrived.figures())
+
+    def _end_others(self, attempt: Attempt, waiting: set[Future[None]]) -> None:
+        """Stop the transfers that are still running when one has failed: the attempt ends with it."""
+        attempt.stop.set()
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
+
+    def _download_blob(self, entry: FileEntry, arrived: _Arrived) -> None:
+        path = self.store.blob_path(entry)
+        repository_path = f"blobs/sha256/{entry.sha256}"
+        self.downloader.fetch_file(repository_path, entry, path, lambda count: arrived.count(entry.sha256, count))
+
+
+class _Arrived:
+    """Bytes of the package that are here, counted from several threads."""
+
+    def __init__(self, present: int, total: int) -> None:
+        self._lock = threading.Lock()
+        self._present, self._total = present, total
+        self._first: dict[str, int] = {}
+        self._counts: dict[str, int] = {}
+
+    def count(self, sha256: str, count: int) -> None:
+        with self._lock:
+            self._first.setdefault(sha256, count)
+            self._counts[sha256] = count
+
+    def figures(self) -> tuple[int, int]:
+        """Return the bytes that are here and the bytes of the whole package."""
+        with self._lock:
+            fetched = sum(self._counts.values()) - sum(self._first.values())
+            return min(self._present + fetched, self._total), self._total
