@@ -15,11 +15,12 @@ from msgspec import Meta
 
 from lamplighter_agent.engine.events import FinishReason, Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.errors import LamplighterError, ManifestError, RequestError
+from lamplighter_agent.errors import LamplighterError, ManifestError, RequestError, WorkerError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.update.states import Desired, UpdateReport
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024
+WORKER_RETRY_S: Final = 2.0
 
 RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
 ShortText = Annotated[str, Meta(max_length=256)]
@@ -329,15 +330,22 @@ def encode_final(message: FinalReply) -> bytes:
 
 
 def error_reply(error: LamplighterError, request_id: str | None, correlation: str | None = None) -> ErrorReply:
-    """Return the message that tells an asker about ``error``; anything but a ``RequestError`` is code 500."""
-    request = error if isinstance(error, RequestError) else None
+    """Return the message that tells an asker about ``error``.
+
+    A ``RequestError`` brings its code. A lost worker is 503 and worth a retry; every other failure is 500.
+    """
+    code, param, retry_after_s = 500, None, None
+    if isinstance(error, RequestError):
+        code, param, retry_after_s = error.code, error.param, error.retry_after_s
+    elif isinstance(error, WorkerError):
+        code, retry_after_s = 503, WORKER_RETRY_S
     return ErrorReply(
         id=request_id,
-        code=request.code if request else 500,
+        code=code,
         reason=error.reason,
         message=error.message,
-        param=request.param if request else None,
-        retry_after_s=request.retry_after_s if request else None,
+        param=param,
+        retry_after_s=retry_after_s,
         hint=error.hint,
         correlation=correlation,
     )

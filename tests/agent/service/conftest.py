@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
-from support import fake_engine
 
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.service.worker import WorkerSpec
+from support import fake_engine
 
 TESTS = Path(__file__).parents[2]
 

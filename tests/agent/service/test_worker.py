@@ -10,7 +10,6 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
-from support.workers import running
 
 from lamplighter_agent.engine.events import Finished, TextDelta
 from lamplighter_agent.engine.params import GenerationParams
@@ -23,11 +22,12 @@ from lamplighter_agent.errors import (
 )
 from lamplighter_agent.service.worker import EngineWorker, WorkerSpec
 from lamplighter_agent.service.worker_messages import Prompt
+from support.workers import running
 
 
-async def answer(worker: EngineWorker, text: str, **options: int) -> tuple[str, Finished]:
+async def answer(worker: EngineWorker, text: str) -> tuple[str, Finished]:
     parts: list[str] = []
-    async for event in worker.generate(f"request {text}", Prompt(text=text), GenerationParams(**options)):
+    async for event in worker.generate(f"request {text}", Prompt(text=text), GenerationParams()):
         if isinstance(event, Finished):
             return "".join(parts) + event.text_tail, event
         parts.append(event.text)
@@ -151,7 +151,7 @@ def test_a_worker_that_dies_while_loading_is_reported(spec: WorkerSpec, fake_pac
     (fake_package / "crash-at-load").touch()
 
     async def scenario() -> None:
-        with pytest.raises(WorkerError, match="while it loaded .* killed by SIGKILL"):
+        with pytest.raises(WorkerError, match=r"while it loaded .* killed by SIGKILL"):
             await EngineWorker(spec).start()
 
     asyncio.run(scenario())

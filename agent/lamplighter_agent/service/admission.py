@@ -1,0 +1,349 @@
+"""Between the transports and the worker: who may wait, who is next, what is known already, what came of it.
+
+A transport hands in a ``GenerationRequest`` and reads a ``Ticket``: pieces of text, then the ``Answer``, or an error.
+It knows nothing of workers; this module knows nothing of topics or HTTP. Everything runs in the agent's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import time
+from collections import OrderedDict, deque
+from typing import Final, TypeAlias
+
+import msgspec
+
+from lamplighter_agent.config import RequestsConfig
+from lamplighter_agent.engine.events import Finished, FinishReason, TextDelta, Timings, Usage
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.errors import EngineError, LamplighterError, RequestError
+from lamplighter_agent.service.worker import EngineWorker
+from lamplighter_agent.service.worker_messages import Prompt
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL: Final = "default"
+MAX_REMEMBERED: Final = 4096
+_RETRY_AFTER_S: Final = 2.0
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as transports hand it in.
+
+    Attributes:
+        id: The asker's name for it.
+        sender: Who asked; ids of different senders are unrelated.
+        prompt: What to answer.
+        params: Generation options, without a deadline.
+        model: ``name`` or ``name/version`` that must be the active package; None or ``default`` takes any.
+        deadline_s: Seconds from now within which it must be finished, or None for the configured time.
+        idempotent: Answer the same id of the same sender only once until its deadline is over.
+    """
+
+    id: str
+    sender: str
+    prompt: Prompt
+    params: GenerationParams
+    model: str | None = None
+    deadline_s: float | None = None
+    idempotent: bool = False
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of a request.
+
+    Attributes:
+        text: All of the generated text.
+        tail: The part of it that no ``TextDelta`` brought.
+        package: The package that answered, ``name/version``.
+    """
+
+    text: str
+    tail: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    package: str
+
+
+class Counters:
+    """What happened since the agent's start; read by telemetry."""
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.refused = 0
+        self.failed = 0
+        self.prompt_tokens = 0
+        self.generated_tokens = 0
+        self.last: Timings | None = None
+
+
+Event: TypeAlias = TextDelta | Answer
+
+
+class Ticket:
+    """An accepted request. Iterate it to its end, or call ``cancel`` when the asker has left."""
+
+    def __init__(self, request: GenerationRequest, number: str, queue: RequestQueue) -> None:
+        self.request = request
+        self.number = number
+        self.arrived_s = time.monotonic()
+        self.worker: EngineWorker | None = None
+        self._queue = queue
+        # Bounded by the request's max_tokens: a slow reader costs at most the length of its answer.
+        self._events: asyncio.Queue[Event | LamplighterError] = asyncio.Queue()
+        self._over = False
+
+    def __aiter__(self) -> Ticket:
+        return self
+
+    async def __anext__(self) -> Event:
+        """Return the next event.
+
+        Raises:
+            RequestError: If the request was refused late, cancelled while it waited (499) or expired (408).
+            EngineError: If the engine failed or was lost.
+        """
+        if self._over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._over = not isinstance(event, TextDelta)
+        if isinstance(event, LamplighterError):
+            raise event
+        return event
+
+    def cancel(self) -> None:
+        """End the request; without effect once it is over."""
+        self._queue.cancel_ticket(self)
+
+    def put(self, event: Event | LamplighterError) -> None:
+        """Hand an event to the reader."""
+        self._events.put_nowait(event)
+
+
+class RequestQueue:
+    """Bounded queue in front of the engine.
+
+    Args:
+        config: Sizes and defaults.
+    """
+
+    def __init__(self, config: RequestsConfig) -> None:
+        self._config = config
+        self._waiting: deque[Ticket] = deque()
+        self._timers: dict[Ticket, asyncio.TimerHandle] = {}
+        self._running: dict[Ticket, asyncio.Task[None]] = {}
+        self._remembered: OrderedDict[tuple[str, str], tuple[bytes, float]] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._worker: EngineWorker | None = None
+        self._refusal: RequestError | None = None
+        self.counters = Counters()
+
+    @property
+    def depth(self) -> int:
+        """Requests that wait."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        return len(self._running)
+
+    @property
+    def worker(self) -> EngineWorker | None:
+        """The worker that takes new requests, or None."""
+        return self._worker
+
+    def attach(self, worker: EngineWorker) -> None:
+        """Send requests to ``worker`` from now on; those that another one is answering stay there."""
+        self._worker = worker
+        self._refusal = None
+        self._start_next()
+
+    def detach(self, refusal: RequestError | None = None) -> None:
+        """Send requests to nobody: they wait, or with ``refusal`` they are refused, the waiting ones too."""
+        self._worker = None
+        self._refusal = refusal
+        if refusal is not None:
+            while self._waiting:
+                self._give_up(self._waiting[0], refusal)
+
+    def submit(self, request: GenerationRequest) -> Ticket | None:
+        """Accept a request, or return None for one that was accepted before.
+
+        Raises:
+            RequestError: 400 for bad options, 404 for another model, 409 for a known id with another body, 429 when
+                too many wait, 503 when there is nothing to answer it.
+        """
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            request.params.validate()
+            self._check_model(request.model)
+            if request.idempotent and self._is_known(request):
+                return None
+            free = self._worker is not None and not self._waiting and self._has_slot(self._worker)
+            if not free and len(self._waiting) >= self._config.queue_size:
+                raise RequestError(
+                    f"{len(self._waiting)} requests are waiting already",
+                    code=429,
+                    retry_after_s=_RETRY_AFTER_S,
+                    hint="try again later, or ask another box of the group",
+                )
+        except RequestError:
+            self.counters.refused += 1
+            raise
+        self.counters.accepted += 1
+        ticket = Ticket(request, str(next(self._numbers)), self)
+        deadline_s = self._deadline_s(request)
+        if request.idempotent:
+            self._remember(request, ticket.arrived_s + deadline_s)
+        self._waiting.append(ticket)
+        self._timers[ticket] = asyncio.get_running_loop().call_later(deadline_s, self._expire, ticket)
+        self._start_next()
+        return ticket
+
+    def cancel(self, request_id: str, sender: str | None = None) -> int:
+        """Cancel the requests of that id, of one sender or of all; returns how many there were."""
+        found = [
+            ticket
+            for ticket in (*self._waiting, *self._running)
+            if ticket.request.id == request_id and sender in {None, ticket.request.sender}
+        ]
+        for ticket in found:
+            self.cancel_ticket(ticket)
+        return len(found)
+
+    def cancel_ticket(self, ticket: Ticket) -> None:
+        """Cancel one request; without effect once it is over."""
+        if ticket in self._running:
+            if ticket.worker is not None:
+                ticket.worker.cancel(ticket.number)
+        elif ticket in self._timers:
+            self._give_up(ticket, RequestError("the request was cancelled while it waited", code=499))
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until nothing is being answered, for at most ``timeout_s``; then cancel what is left."""
+        running = list(self._running.values())
+        if not running:
+            return
+        _, left = await asyncio.wait(running, timeout=timeout_s)
+        for ticket in list(self._running):
+            self.cancel_ticket(ticket)
+        if left:
+            logger.warning("%d requests were cut off", len(left))
+            await asyncio.wait(left, timeout=timeout_s)
+
+    def _start_next(self) -> None:
+        worker = self._worker
+        while worker is not None and self._waiting and self._has_slot(worker):
+            ticket = self._waiting.popleft()
+            self._timers.pop(ticket).cancel()
+            ticket.worker = worker
+            task = asyncio.create_task(self._run(ticket, worker), name=f"request-{ticket.number}")
+            self._running[ticket] = task
+            task.add_done_callback(lambda _task, ticket=ticket: self._finish(ticket))  # type: ignore[misc]
+
+    def _finish(self, ticket: Ticket) -> None:
+        del self._running[ticket]
+        self._start_next()
+
+    def _has_slot(self, worker: EngineWorker) -> bool:
+        if worker.ready is None or worker.state != "ready":
+            return False
+        return sum(ticket.worker is worker for ticket in self._running) < worker.ready.slots
+
+    async def _run(self, ticket: Ticket, worker: EngineWorker) -> None:
+        request = ticket.request
+        waited_s = time.monotonic() - ticket.arrived_s
+        params = msgspec.structs.replace(
+            request.params,
+            max_tokens=request.params.max_tokens or self._config.max_tokens,
+            deadline_s=ticket.arrived_s + self._deadline_s(request),
+        )
+        parts: list[str] = []
+        try:
+            async for event in worker.generate(ticket.number, request.prompt, params):
+                if isinstance(event, Finished):
+                    ticket.put(self._answer(event, parts, waited_s, worker))
+                else:
+                    parts.append(event.text)
+                    ticket.put(event)
+        except LamplighterError as error:
+            self.counters.failed += 1
+            ticket.put(error)
+        except Exception as error:  # a request's task is a boundary: its asker must get an answer
+            logger.exception("request %s failed", request.id)
+            self.counters.failed += 1
+            ticket.put(EngineError(f"the request failed in the agent: {type(error).__name__}"))
+
+    def _answer(self, event: Finished, parts: list[str], waited_s: float, worker: EngineWorker) -> Answer:
+        timings = msgspec.structs.replace(
+            event.timings,
+            queue_s=event.timings.queue_s + waited_s,
+            first_token_s=event.timings.first_token_s + waited_s,
+        )
+        self.counters.prompt_tokens += event.usage.prompt_tokens
+        self.counters.generated_tokens += event.usage.generated_tokens
+        if event.usage.generated_tokens:
+            self.counters.last = timings
+        return Answer(
+            text="".join(parts) + event.text_tail,
+            tail=event.text_tail,
+            finish_reason=event.finish_reason,
+            usage=event.usage,
+            timings=timings,
+            package=worker.ready.package if worker.ready else "",
+        )
+
+    def _expire(self, ticket: Ticket) -> None:
+        waited = self._deadline_s(ticket.request)
+        self._give_up(ticket, RequestError(f"the request waited for its whole {waited:g} s", code=408))
+
+    def _give_up(self, ticket: Ticket, error: RequestError) -> None:
+        self._waiting.remove(ticket)
+        self._timers.pop(ticket).cancel()
+        self.counters.failed += 1
+        ticket.put(error)
+
+    def _deadline_s(self, request: GenerationRequest) -> float:
+        return request.deadline_s or self._config.default_deadline_s
+
+    def _check_model(self, model: str | None) -> None:
+        if self._worker is None or self._worker.ready is None or model in {None, DEFAULT_MODEL}:
+            return
+        package = self._worker.ready.package
+        if model not in {package, package.partition("/")[0]}:
+            raise RequestError(
+                f"this box runs {package}, not {model!r}",
+                code=404,
+                param="model",
+                hint=f"leave 'model' out or set it to {package.partition('/')[0]!r}",
+            )
+
+    def _is_known(self, request: GenerationRequest) -> bool:
+        known = self._remembered.get((request.sender, request.id))
+        if known is None or known[1] < time.monotonic():
+            return False
+        if known[0] != _digest(request):
+            raise RequestError(
+                f"the id {request.id!r} was used for another request",
+                code=409,
+                param="id",
+                hint="give every request an id of its own",
+            )
+        return True
+
+    def _remember(self, request: GenerationRequest, until_s: float) -> None:
+        key = (request.sender, request.id)
+        self._remembered.pop(key, None)
+        self._remembered[key] = (_digest(request), until_s)
+        while len(self._remembered) > MAX_REMEMBERED:
+            self._remembered.popitem(last=False)
+
+
+def _digest(request: GenerationRequest) -> bytes:
+    return hashlib.sha256(msgspec.msgpack.encode(request)).digest()

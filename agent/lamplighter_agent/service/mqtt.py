@@ -1,0 +1,383 @@
+"""The connection to the broker: paho on a network thread of its own, bridged to the event loop. Bytes in, bytes out.
+
+The thread is the only one that touches paho. It drives paho's external-loop functions itself, because paho's own
+thread dies with the first exception in a callback, waits without jitter between its tries, and may deadlock when
+several threads publish. Work goes to the event loop at once, so that the keep-alive never starves; when the loop lags
+behind, the thread stops reading and TCP holds the broker back. Requests are acknowledged when they are handed over:
+withheld acknowledgements would fill the receive window and lock out commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import select
+import socket
+import ssl
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+from paho.mqtt import client as paho
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from lamplighter_agent.config import MqttConfig
+from lamplighter_agent.service.mqtt_credentials import read_password, tls_context
+from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Outgoing, Subscription
+
+logger = logging.getLogger(__name__)
+
+MAX_OUTBOX: Final = 1024
+MAX_INBOUND: Final = 256
+_MAX_PACKET_BYTES: Final = 256 * 1024
+_SESSION_EXPIRY_S: Final = 3600
+_WILL_DELAY_S: Final = 5
+_CONNECT_TIMEOUT_S: Final = 10.0
+_FIRST_DELAY_S: Final = 1.0
+_LEAST_DELAY_S: Final = 0.2
+_TICK_S: Final = 1.0
+_SESSION_TAKEN_OVER: Final = 0x8E
+_T = TypeVar("_T")
+
+
+class MqttConnection:
+    """A connection that is kept up until ``stop``.
+
+    Args:
+        config: The broker.
+        client_id: Stable id of this client.
+        subscriptions: Topic filters.
+        handlers: What to call.
+
+    Raises:
+        ConfigError: If the password or a TLS file cannot be read.
+    """
+
+    def __init__(
+        self, config: MqttConfig, client_id: str, subscriptions: list[Subscription], handlers: MqttHandlers
+    ) -> None:
+        self.connected = False
+        self.last_tick_s = time.monotonic()
+        self.connections = 0
+        self.dropped = 0
+        self._config = config
+        self._v5 = config.protocol == "5"
+        self._subscriptions = subscriptions
+        self._handlers = handlers
+        self._lock = threading.Lock()
+        self._outbox: deque[Outgoing] = deque()
+        self._inbound = 0
+        self._unacknowledged: set[int] = set()
+        self._stopping = threading.Event()
+        self._stop_by_s = 0.0
+        self._taken_over = False
+        self._failure = ""
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client = self._make_client(client_id)
+
+    def start(self) -> None:
+        """Start connecting in the background; a broker that is away is tried again and again."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """True while the network thread runs."""
+        return self._thread.is_alive()
+
+    def publish(self, message: Outgoing) -> bool:
+        """Queue a message; False if it was dropped: QoS 0 while away, or too many waiting."""
+        with self._lock:
+            full = len(self._outbox) >= MAX_OUTBOX
+            if full or (message.qos == 0 and not self.connected):
+                self.dropped += 1
+                return False
+            self._outbox.append(message)
+        self._wake()
+        return True
+
+    async def stop(self, timeout_s: float = 5.0) -> None:
+        """Send what is queued, disconnect in order, so that no will is sent, and end the thread."""
+        self._stop_by_s = time.monotonic() + timeout_s
+        self._stopping.set()
+        self._wake()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join, timeout_s + _CONNECT_TIMEOUT_S)
+        if self._thread.is_alive():
+            logger.error("the MQTT thread did not end in time")
+            return
+        self._wake_read.close()
+        self._wake_write.close()
+
+    def _make_client(self, client_id: str) -> paho.Client:
+        config = self._config
+        protocol = MQTTProtocolVersion.MQTTv5 if self._v5 else MQTTProtocolVersion.MQTTv311
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id, clean_session=None if self._v5 else False, protocol=protocol
+        )
+        client.suppress_exceptions = True
+        client.max_inflight_messages_set(20)
+        client.max_queued_messages_set(MAX_OUTBOX)
+        client.connect_timeout = _CONNECT_TIMEOUT_S
+        client.on_connect = self._on_connect
+        client.on_disconnect = self._on_disconnect
+        client.on_message = self._on_message
+        client.on_subscribe = self._on_subscribe
+        client.on_publish = lambda _client, _data, mid, _code, _properties: self._unacknowledged.discard(mid)
+        if config.username is not None:
+            client.username_pw_set(config.username, read_password(config))
+        if context := tls_context(config):
+            client.tls_set_context(context)
+        properties = None
+        if self._v5:
+            properties = _properties(PacketTypes.CONNECT)
+            properties.SessionExpiryInterval = _SESSION_EXPIRY_S
+            properties.MaximumPacketSize = _MAX_PACKET_BYTES
+        client.connect_async(
+            config.host,
+            config.port,
+            config.keepalive_s,
+            clean_start=False if self._v5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
+            properties=properties,
+        )
+        return client
+
+    # Everything below runs in the network thread.
+
+    def _run(self) -> None:
+        tries = 0
+        while not self._stopping.is_set():
+            before = self.connections
+            try:
+                self._connect_and_serve()
+            except (OSError, ValueError) as error:
+                self._note_failure(f"{error}")
+            except Exception:  # a thread's boundary: whatever paho does, the agent keeps trying
+                logger.exception("the MQTT connection failed in an unexpected way")
+            self._connection_lost(self._failure or "the connection was closed")
+            tries = 0 if self.connections > before else tries + 1
+            if self._stopping.is_set():
+                return
+            cap = min(self._config.reconnect_max_s, _FIRST_DELAY_S * 2 ** min(tries, 16))
+            delay = random.uniform(min(_LEAST_DELAY_S, cap), cap)  # noqa: S311 (spreads load, guards nothing)
+            if self._taken_over:
+                delay = self._config.reconnect_max_s
+                self._taken_over = False
+            self.last_tick_s = time.monotonic()
+            self._wait(delay)
+
+    def _wait(self, delay: float) -> None:
+        end = time.monotonic() + delay
+        while not self._stopping.is_set() and (left := end - time.monotonic()) > 0:
+            self.last_tick_s = time.monotonic()
+            self._stopping.wait(min(left, _TICK_S))
+
+    def _connect_and_serve(self) -> None:
+        will = self._handlers.will(self.connections + 1)
+        properties = None
+        if self._v5:
+            properties = _properties(PacketTypes.WILLMESSAGE)
+            properties.WillDelayInterval = _WILL_DELAY_S
+        self._client.will_set(will.topic, will.payload, qos=1, retain=True, properties=properties)
+        self._client.reconnect()
+        give_up_s = time.monotonic() + _CONNECT_TIMEOUT_S
+        leaving = False
+        while self._client.socket() is not None:
+            self.last_tick_s = time.monotonic()
+            if not self.connected and time.monotonic() > give_up_s and not leaving:
+                raise TimeoutError("the broker did not answer the connection request")
+            if self.connected:
+                self._flush()
+            if self._stopping.is_set() and not leaving and self._may_leave():
+                leaving = True
+                self._client.disconnect()
+            self._pump()
+
+    def _may_leave(self) -> bool:
+        late = time.monotonic() > self._stop_by_s
+        return late or not self.connected or not (self._outbox or self._unacknowledged or self._client.want_write())
+
+    def _pump(self) -> None:
+        """Move bytes once, waiting for at most a tick."""
+        connection = self._client.socket()
+        if connection is None:
+            return  # closed while something was sent
+        assert isinstance(connection, socket.socket)
+        # Bytes that TLS has already decrypted do not make the socket readable.
+        buffered = isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
+        may_read = self._inbound < MAX_INBOUND
+        readers = [self._wake_read, connection] if may_read else [self._wake_read]
+        writers = [connection] if self._client.want_write() else []
+        timeout = 0.0 if buffered and may_read else _TICK_S
+        if self._stopping.is_set():
+            timeout = min(timeout, 0.05)
+        readable, writable, _ = select.select(readers, writers, [], timeout)
+        if self._wake_read in readable:
+            self._wake_read.recv(4096)
+        if connection in readable or (buffered and may_read):
+            self._client.loop_read()
+        if connection in writable:
+            self._client.loop_write()
+        self._client.loop_misc()
+
+    def _flush(self) -> None:
+        while True:
+            with self._lock:
+                if not self._outbox:
+                    return
+                message = self._outbox.popleft()
+            info = self._client.publish(
+                message.topic, message.payload, message.qos, message.retain, self._publish_properties(message)
+            )
+            if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
+                with self._lock:
+                    self._outbox.appendleft(message)
+                return
+            if message.qos > 0:
+                self._unacknowledged.add(info.mid)
+                if info.is_published():
+                    self._unacknowledged.discard(info.mid)
+
+    def _publish_properties(self, message: Outgoing) -> Properties | None:
+        if not self._v5:
+            return None
+        properties = _properties(PacketTypes.PUBLISH)
+        properties.ContentType = "application/json"
+        properties.PayloadFormatIndicator = 1
+        if message.correlation is not None:
+            properties.CorrelationData = message.correlation
+        if message.expiry_s is not None:
+            properties.MessageExpiryInterval = message.expiry_s
+        return properties
+
+    def _on_connect(
+        self, client: paho.Client, _data: object, _flags: paho.ConnectFlags, code: ReasonCode, _props: Properties | None
+    ) -> None:
+        if code.is_failure:
+            self._note_failure(f"the broker refused the connection: {code}")
+            return
+        self._failure = ""
+        if self._subscriptions:
+            self._subscribe()
+        self.connections += 1
+        self.connected = True
+        logger.info("connected to the broker %s:%d", self._config.host, self._config.port)
+        self._call(self._handlers.connected, self.connections)
+
+    def _subscribe(self) -> None:
+        if not self._v5:
+            self._client.subscribe([(each.topic, each.qos) for each in self._subscriptions])
+            return
+        self._client.subscribe(
+            [
+                (
+                    each.topic,
+                    SubscribeOptions(
+                        qos=each.qos,
+                        retainAsPublished=True,
+                        retainHandling=(
+                            SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE
+                            if each.stored
+                            else SubscribeOptions.RETAIN_DO_NOT_SEND
+                        ),
+                    ),
+                )
+                for each in self._subscriptions
+            ]
+        )
+
+    def _on_subscribe(
+        self, _client: paho.Client, _data: object, _mid: int, codes: list[ReasonCode], _props: Properties | None
+    ) -> None:
+        for subscription, code in zip(self._subscriptions, codes, strict=False):
+            if code.is_failure:
+                logger.error("the broker refused the subscription to %s: %s", subscription.topic, code)
+
+    def _on_disconnect(
+        self,
+        _client: paho.Client,
+        _data: object,
+        _flags: paho.DisconnectFlags,
+        code: ReasonCode,
+        _props: Properties | None,
+    ) -> None:
+        if code.value == _SESSION_TAKEN_OVER:
+            self._taken_over = True
+            logger.error("another client took over this device's session: is the device id used twice?")
+        self._connection_lost(str(code))
+
+    def _connection_lost(self, reason: str) -> None:
+        if not self.connected:
+            return
+        self.connected = False
+        with self._lock:
+            kept = [message for message in self._outbox if message.qos > 0]
+            self.dropped += len(self._outbox) - len(kept)
+            self._outbox = deque(kept)
+        if not self._stopping.is_set():
+            logger.warning("disconnected from the broker: %s", reason)
+        self._call(self._handlers.disconnected, reason)
+
+    def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            return
+        properties: dict[str, Any] = (
+            message.properties.json() if message.properties is not None else {}  # type: ignore[no-untyped-call]
+        )
+        correlation = properties.get("CorrelationData")
+        incoming = Incoming(
+            topic=topic,
+            payload=bytes(message.payload),
+            retain=message.retain,
+            response_topic=properties.get("ResponseTopic"),
+            correlation=bytes.fromhex(correlation) if correlation is not None else None,
+            content_type=properties.get("ContentType"),
+            expiry_s=properties.get("MessageExpiryInterval"),
+        )
+        with self._lock:
+            self._inbound += 1
+        self._call(self._deliver, incoming)
+
+    def _deliver(self, message: Incoming) -> None:
+        """In the event loop: hand a message over and let the thread read on."""
+        with self._lock:
+            self._inbound -= 1
+            resume = self._inbound == MAX_INBOUND - 1
+        if resume:
+            self._wake()
+        self._handlers.message(message)
+
+    def _call(self, function: Callable[[_T], None], argument: _T) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:  # the event loop is closed: the process is ending
+            self._stopping.set()
+
+    def _wake(self) -> None:
+        try:
+            self._wake_write.send(b"\0")
+        except OSError:
+            return  # the pipe is full of wake-ups already, or closed after the end
+
+    def _note_failure(self, failure: str) -> None:
+        if failure != self._failure:  # once for each kind of trouble, not once a try
+            logger.warning("no connection to the broker %s:%d: %s", self._config.host, self._config.port, failure)
+        self._failure = failure
+
+
+def _properties(kind: int) -> Properties:
+    return Properties(kind)  # type: ignore[no-untyped-call]

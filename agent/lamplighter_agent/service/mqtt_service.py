@@ -1,0 +1,398 @@
+"""What the agent says and hears on MQTT: prompts and answers, cancel, commands, desired, status. No sockets here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Final, NamedTuple
+
+import msgspec
+
+import lamplighter_agent
+from lamplighter_agent.config import AgentConfig
+from lamplighter_agent.engine.events import TextDelta
+from lamplighter_agent.errors import LamplighterError, RequestError
+from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.messages import (
+    CommandMessage,
+    DeltaReply,
+    DesiredMessage,
+    EventMessage,
+    FinalReply,
+    PromptMessage,
+    ReportedMessage,
+    ResultReply,
+    StatusMessage,
+    decode_cancel,
+    decode_command,
+    decode_desired,
+    decode_from_device,
+    decode_prompt,
+    encode,
+    encode_final,
+    error_reply,
+)
+from lamplighter_agent.service.mqtt import MqttConnection
+from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Outgoing, Subscription, Will
+from lamplighter_agent.service.topics import Topics
+from lamplighter_agent.service.worker_messages import Prompt
+
+logger = logging.getLogger(__name__)
+
+MAX_COMMANDS: Final = 16
+_MAX_DELTA_CHARACTERS: Final = 4096
+_STOP_TIMEOUT_S: Final = 5.0
+
+
+class Actions(NamedTuple):
+    """What the rest of the agent does for messages.
+
+    Attributes:
+        command: Carries a command out and returns a sentence for the answer; may raise ``LamplighterError``.
+        desired: Takes note of the wanted package; must not block.
+        connected: Called after each birth message.
+        package: Gives the active package as ``name/version``, or None.
+    """
+
+    command: Callable[[CommandMessage], Awaitable[str]]
+    desired: Callable[[DesiredMessage], None]
+    connected: Callable[[], None]
+    package: Callable[[], str | None]
+
+
+class _Return(NamedTuple):
+    """Where an answer goes, and what it repeats."""
+
+    topic: str
+    correlation_data: bytes | None
+    correlation: str | None
+
+
+class _Envelope(msgspec.Struct):
+    """What is needed to tell the sender of a bad message about it; read with everything else ignored."""
+
+    id: str | None = None
+    reply_to: str | None = None
+    correlation: str | None = None
+
+
+class MqttService:
+    """The device on MQTT.
+
+    Args:
+        config: The whole configuration.
+        requests: Takes prompts.
+        actions: Takes everything else.
+        boot: Starts of the agent so far.
+
+    Raises:
+        ConfigError: If the password or a TLS file cannot be read.
+    """
+
+    def __init__(self, config: AgentConfig, requests: RequestQueue, actions: Actions, boot: int) -> None:
+        self._config = config
+        self._requests = requests
+        self._actions = actions
+        self._boot = boot
+        self._topics = Topics(config.mqtt.prefix, config.device.id)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._commands: asyncio.Queue[tuple[CommandMessage, _Return]] = asyncio.Queue(MAX_COMMANDS)
+        self._status = b""
+        self._handlers = {
+            self._topics.device("prompt"): self._on_prompt,
+            self._topics.device("cancel"): self._on_cancel,
+            self._topics.device("command"): self._on_command,
+            self._topics.device("desired"): self._on_desired,
+            self._topics.device("status"): self._on_own_status,
+        }
+        subscriptions = [
+            Subscription(self._topics.device("prompt"), 1, stored=False),
+            Subscription(self._topics.device("cancel"), 0, stored=False),
+            Subscription(self._topics.device("command"), 1, stored=False),
+            Subscription(self._topics.device("desired"), 1),
+            Subscription(self._topics.device("status"), 1, stored=False),
+        ]
+        for group in config.device.groups:
+            subscriptions.append(Subscription(self._topics.group_filter(group), 1))
+            self._handlers[self._topics.group_prompt(group)] = self._on_prompt
+        handlers = MqttHandlers(self._will, self._on_connected, self._on_disconnected, self._on_message)
+        self.connection = MqttConnection(config.mqtt, f"lamplighter-{config.device.id}", subscriptions, handlers)
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._spawn(self._run_commands(), "mqtt-commands")
+        self.connection.start()
+
+    async def stop(self) -> None:
+        """Say goodbye and disconnect; answers under way must be over before."""
+        self._publish_status("offline", reason="shutdown")
+        await self.connection.stop(_STOP_TIMEOUT_S)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def finish_answers(self, timeout_s: float) -> None:
+        """Wait until every answer that is over has been handed to the connection."""
+        answers = [task for task in self._tasks if task.get_name().startswith("mqtt-answer")]
+        if answers:
+            await asyncio.wait(answers, timeout=timeout_s)
+
+    def publish_status(self) -> None:
+        """Publish that the device is online, with the package that is active now."""
+        self._publish_status("online")
+
+    def publish_reported(self, report: ReportedMessage) -> None:
+        """Publish the state of the update, retained."""
+        self._publish("reported", encode(report), qos=1, retain=True)
+
+    def publish_event(self, name: str, message: str) -> None:
+        """Publish that something happened."""
+        self._publish("event", encode(EventMessage(name=name, message=message, time_unix_s=time.time())), qos=1)
+
+    def publish_telemetry(self, sample: bytes, *, qos: int = 0) -> bool:
+        """Publish a sample; False if it was not taken."""
+        return self._publish("telemetry", sample, qos=qos)
+
+    def _publish(self, leaf: str, payload: bytes, *, qos: int, retain: bool = False) -> bool:
+        topic = f"{self._topics.prefix}/device/{self._topics.device_id}/{leaf}"
+        return self.connection.publish(Outgoing(topic=topic, payload=payload, qos=qos, retain=retain))
+
+    def _publish_status(self, state: str, reason: str | None = None) -> None:
+        if not self.connection.connected:
+            return  # the birth message of the next connection will say it
+        self._status = encode(
+            StatusMessage(
+                state="online" if state == "online" else "offline",
+                boot=self._boot,
+                connection=self.connection.connections,
+                agent=lamplighter_agent.__version__,
+                package=self._actions.package(),
+                reason=reason,
+            )
+        )
+        self._publish("status", self._status, qos=1, retain=True)
+
+    def _will(self, connection: int) -> Will:
+        status = StatusMessage(
+            state="offline",
+            boot=self._boot,
+            connection=connection,
+            agent=lamplighter_agent.__version__,
+            reason="connection_lost",
+        )
+        return Will(self._topics.device("status"), encode(status))
+
+    def _on_connected(self, _connection: int) -> None:
+        self._publish_status("online")
+        self._actions.connected()
+
+    def _on_disconnected(self, reason: str) -> None:
+        logger.debug("MQTT is down: %s", reason)
+
+    def _on_message(self, message: Incoming) -> None:
+        handler = self._handlers.get(message.topic)
+        if handler is None:
+            return
+        try:
+            handler(message)
+        except LamplighterError as error:
+            logger.info("refused a message on %s: %s", message.topic, error.message)
+            self._refuse(message, error)
+
+    def _on_prompt(self, message: Incoming) -> None:
+        if message.retain:
+            logger.warning("ignored a retained prompt on %s: prompts must not be retained", message.topic)
+            return
+        prompt = decode_prompt(message.payload, content_type=message.content_type)
+        back = self._return(message, prompt.reply_to, prompt.correlation)
+        given_id = prompt.id or (message.correlation.hex()[:128] if message.correlation else None)
+        request = self._request(prompt, given_id, back, message.expiry_s)
+        ticket = self._requests.submit(request)
+        if ticket is None:
+            logger.info("ignored request %s: it is known already", request.id)
+            return
+        self._spawn(self._answer(ticket, back, stream=prompt.stream), f"mqtt-answer-{request.id}")
+
+    def _request(
+        self, prompt: PromptMessage, given_id: str | None, back: _Return, expiry_s: int | None
+    ) -> GenerationRequest:
+        deadlines = [
+            float(value)
+            for value in (prompt.deadline_s or self._config.requests.default_deadline_s, expiry_s)
+            if value is not None
+        ]
+        if min(deadlines) <= 0:
+            raise RequestError("the prompt expired before it arrived", code=408)
+        messages = prompt.messages
+        if prompt.prompt is not None and self._config.log.prompts:
+            logger.info("prompt: %s", prompt.prompt)
+        return GenerationRequest(
+            id=given_id or uuid.uuid4().hex,
+            sender=back.topic,
+            prompt=Prompt(text=prompt.prompt, messages=messages, raw=prompt.raw),
+            params=prompt.params(),
+            model=prompt.model,
+            deadline_s=min(deadlines),
+            idempotent=given_id is not None,
+        )
+
+    async def _answer(self, ticket: Ticket, back: _Return, *, stream: bool) -> None:
+        request_id = ticket.request.id
+        deltas = _DeltaBatch(
+            self._config.mqtt.delta_interval_s, lambda seq, text: self._delta(request_id, back, seq, text)
+        )
+        try:
+            async for event in ticket:
+                if isinstance(event, TextDelta):
+                    if stream:
+                        deltas.add(event.text)
+                    continue
+                if stream:
+                    deltas.add(event.tail)
+                deltas.close()
+                self._reply(back, encode_final(self._final(event, request_id, back, deltas.sent)), qos=1)
+        except LamplighterError as error:
+            deltas.close()
+            self._reply(back, encode(error_reply(error, request_id, back.correlation)), qos=1)
+        finally:
+            deltas.close()
+            ticket.cancel()
+
+    def _final(self, answer: Answer, request_id: str, back: _Return, sent: int) -> FinalReply:
+        return FinalReply(
+            id=request_id,
+            seq=sent,
+            text=answer.text,
+            finish_reason=answer.finish_reason,
+            usage=answer.usage,
+            timings=answer.timings,
+            model=answer.package,
+            device=self._topics.device_id,
+            correlation=back.correlation,
+        )
+
+    def _delta(self, request_id: str, back: _Return, seq: int, text: str) -> None:
+        delta = DeltaReply(id=request_id, seq=seq, text=text, correlation=back.correlation)
+        self._reply(back, encode(delta), qos=0)
+
+    def _reply(self, back: _Return, payload: bytes, *, qos: int) -> None:
+        self.connection.publish(Outgoing(topic=back.topic, payload=payload, qos=qos, correlation=back.correlation_data))
+
+    def _return(self, message: Incoming, reply_to: str | None, correlation: str | None) -> _Return:
+        """Return where the answer goes; an MQTT property wins over its JSON field.
+
+        Raises:
+            RequestError: If answers may not be sent there.
+        """
+        topic = message.response_topic or reply_to or self._topics.device("reply")
+        return _Return(self._topics.check_reply(topic), message.correlation, correlation)
+
+    def _refuse(self, message: Incoming, error: LamplighterError) -> None:
+        try:
+            envelope = msgspec.json.decode(message.payload, type=_Envelope)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            envelope = _Envelope()
+        request_id = envelope.id or (message.correlation.hex() if message.correlation else None)
+        try:
+            back = self._return(message, envelope.reply_to, envelope.correlation)
+        except RequestError:
+            back = _Return(self._topics.device("reply"), message.correlation, envelope.correlation)
+        self._reply(back, encode(error_reply(error, request_id, back.correlation)), qos=1)
+
+    def _on_cancel(self, message: Incoming) -> None:
+        cancel = decode_cancel(message.payload)
+        self._requests.cancel(cancel.id, message.response_topic or cancel.reply_to)
+
+    def _on_command(self, message: Incoming) -> None:
+        if message.retain:
+            logger.warning("ignored a retained command: it would run again at every connection")
+            return
+        command = decode_command(message.payload)
+        back = self._return(message, command.reply_to, None)
+        try:
+            self._commands.put_nowait((command, back))
+        except asyncio.QueueFull as error:
+            raise RequestError(f"{MAX_COMMANDS} commands are waiting already", code=429, retry_after_s=1.0) from error
+
+    async def _run_commands(self) -> None:
+        while True:
+            command, back = await self._commands.get()
+            try:
+                done = await self._actions.command(command)
+                payload = encode(ResultReply(id=command.id, message=done))
+            except LamplighterError as error:
+                payload = encode(error_reply(error, command.id))
+            self._reply(back, payload, qos=1)
+
+    def _on_desired(self, message: Incoming) -> None:
+        if not message.payload:
+            return  # the retained wish was cleared: what runs goes on running
+        try:
+            self._actions.desired(decode_desired(message.payload))
+        except RequestError as error:
+            logger.warning("ignored what is desired: %s", error.message)
+            self.publish_event("desired_invalid", error.message)
+
+    def _on_own_status(self, message: Incoming) -> None:
+        """Repair the retained status when a will that came late has overwritten it."""
+        if not message.payload or message.payload == self._status:
+            return
+        try:
+            status = decode_from_device(message.payload, StatusMessage)
+        except RequestError:
+            status = None
+        if self._status and (status is None or status.state == "offline"):
+            self._publish_status("online")
+
+    def _spawn(self, work: Awaitable[None], name: str) -> None:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        task.set_name(name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class _DeltaBatch:
+    """Collects text and lets it out at once first, then at most once an interval.
+
+    Args:
+        interval_s: Least time between two deltas.
+        send: Takes the sequence number and the text.
+    """
+
+    def __init__(self, interval_s: float, send: Callable[[int, str], None]) -> None:
+        self.sent = 0
+        self._interval_s = interval_s
+        self._send = send
+        self._text = ""
+        self._next_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, text: str) -> None:
+        """Take in text; it goes out now or soon."""
+        self._text += text
+        if not self._text:
+            return
+        now = asyncio.get_running_loop().time()
+        if now >= self._next_s or len(self._text) >= _MAX_DELTA_CHARACTERS:
+            self._flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._next_s - now, self._flush)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._text:
+            text, self._text = self._text[:_MAX_DELTA_CHARACTERS], self._text[_MAX_DELTA_CHARACTERS:]
+            self._send(self.sent, text)
+            self.sent += 1
+            self._next_s = asyncio.get_running_loop().time() + self._interval_s
