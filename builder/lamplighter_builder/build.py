@@ -1,0 +1,298 @@
+"""From a checkpoint to a package: graph, weights streamed one by one, tokenizer, chat format, self-test, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from tokenizers import Tokenizer
+
+from lamplighter_agent.errors import BuildError, CheckpointError, ConfigError, WeightMismatchError
+from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
+from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from lamplighter_agent.package.manifest import (
+    FORMAT_VERSION,
+    GenerationDefaults,
+    Manifest,
+    Precision,
+    Provenance,
+    SelfTest,
+    Target,
+)
+from lamplighter_builder import __version__
+from lamplighter_builder.chat_template import compile_chat_template
+from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
+from lamplighter_builder.genai_config import genai_config, tokenizer_config
+from lamplighter_builder.graph import FloatArray, Graph, Region, Weight
+from lamplighter_builder.licence import spdx_licence
+from lamplighter_builder.memory import memory_needs
+from lamplighter_builder.package_writer import PackageWriter
+from lamplighter_builder.precision import PRECISIONS, PrecisionName, PrecisionPlan
+from lamplighter_builder.progress import Progress
+from lamplighter_builder.registry import find_architecture
+from lamplighter_builder.runner import Runner
+from lamplighter_builder.weight_file import WeightFile
+
+_TOOLS: Final = ("numpy", "onnx", "onnxruntime", "tokenizers", "gguf", "jinja2")
+_SELF_TEST_PROMPTS: Final = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Count from one to ten.",
+)
+_SELF_TEST_TOKENS: Final = 16
+_CLEAR_MARGIN: Final = 0.5
+"""Logits by which a token must lead for another CPU's kernels to be expected to choose it too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOptions:
+    """What the user chose.
+
+    Attributes:
+        output: Directory of the package; missing or empty.
+        precision: ``-p``.
+        name: Package name.
+        version: Package version.
+        licence: SPDX expression, or None for the checkpoint's own.
+        chat_format: Chat format to use instead of compiling the template, or None.
+    """
+
+    output: Path
+    precision: PrecisionName
+    name: str
+    version: str
+    licence: str | None = None
+    chat_format: ChatFormat | None = None
+
+
+def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Manifest:
+    """Build a package and return its manifest.
+
+    Raises:
+        BuildError: If the checkpoint cannot be built with these options; see its subclasses.
+        ConfigError: If the output directory is not empty, or the licence is unknown.
+        DiskFullError: If the disk is full.
+    """
+    licence = options.licence or spdx_licence(checkpoint.licence)
+    if licence is None:
+        raise ConfigError(
+            f"{checkpoint.path}: the checkpoint states no licence", hint="give one: --licence SPDX-EXPRESSION"
+        )
+    plan = PRECISIONS[options.precision]()
+    architecture = find_architecture(checkpoint.config.text("model_type"))
+    model = architecture.model(architecture.read_config(checkpoint.config), plan.parts)
+    graph = Graph(model.config.model_type)
+    model.build(graph)
+    check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
+    tokenizer_files = checkpoint.tokenizer()
+    tokenizer = load_tokenizer(tokenizer_files, model.config.vocab_size)
+    generation = generation_defaults(checkpoint, tokenizer)
+    chat_format = options.chat_format
+    if chat_format is None and tokenizer_files.chat_template is not None:
+        chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)
+    with PackageWriter(options.output) as writer:
+        write_model(graph, checkpoint, writer.directory, progress)
+        facts = model.config.facts(count_parameters(graph))
+        writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
+        writer.write(
+            "tokenizer_config.json",
+            tokenizer_config(
+                tokenizer_files.special_tokens, tokenizer_files.chat_template, facts.max_position_embeddings
+            ),
+        )
+        writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation))
+        self_tests = make_self_tests(writer.directory, tokenizer, chat_format, generation, progress)
+        progress.stage("hashing", 0)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            name=options.name,
+            version=options.version,
+            licence=licence,
+            model=facts,
+            precision=describe_precision(plan, graph),
+            target=Target(operator_domains={domain or "ai.onnx": number for domain, number in graph.domains().items()}),
+            files=writer.entries(),
+            memory=memory_needs(model.config, graph),
+            generation=generation,
+            chat_format=chat_format,
+            self_tests=self_tests,
+            provenance=provenance(checkpoint, options, progress),
+        )
+        writer.finish(manifest)
+    return manifest
+
+
+def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
+    """Compare the tensors that the graph needs with those of the checkpoint, both ways, by name and shape.
+
+    Args:
+        graph: Graph with declared weights.
+        checkpoint: Where they are read from.
+        tied: True if the head is the embedding; a stored head is then a copy and not used.
+
+    Raises:
+        WeightMismatchError: If tensors are missing or unused.
+        CheckpointError: If a tensor has another shape.
+    """
+    needed = {source.name: source.shape for weight in graph.weights for source in weight.sources}
+    unused = set(checkpoint.tensors) - set(needed) - ({"lm_head.weight"} if tied else set())
+    unused = {name for name in unused if not name.endswith(".rotary_emb.inv_freq")}
+    missing = set(needed) - set(checkpoint.tensors)
+    if missing or unused:
+        parts = [
+            f"{word}: {', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
+            for word, names in (("missing", missing), ("not used", unused))
+            if names
+        ]
+        raise WeightMismatchError(
+            f"{checkpoint.path}: the tensors are not those of the architecture; {'; '.join(parts)}",
+            missing=tuple(sorted(missing)),
+            unused=tuple(sorted(unused)),
+        )
+    for name, shape in needed.items():
+        found = checkpoint.tensors[name].shape
+        if found != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name} has shape {list(found)}, but must be {list(shape)}"
+            )
+
+
+def write_model(graph: Graph, checkpoint: Checkpoint, directory: Path, progress: Progress) -> None:
+    """Write ``model.onnx`` and its weights, holding one weight at a time.
+
+    Raises:
+        CheckpointError: If a tensor cannot be read or holds values that are not finite.
+        OSError: If the disk is full or fails.
+    """
+    progress.stage("weights", sum(_elements(weight) for weight in graph.weights))
+    regions: dict[str, Region] = {}
+    with WeightFile(directory / WEIGHTS_NAME) as file:
+        for weight in graph.weights:
+            sources = [_read_finite(checkpoint, source.name) for source in weight.sources]
+            for spec, array in zip(weight.outputs, weight.convert(sources), strict=True):
+                if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
+                    raise BuildError(f"{spec.name}: made {array.dtype}{array.shape}, declared {spec}")
+                regions[spec.name] = file.append(array)
+            progress.advance(_elements(weight))
+    (directory / MODEL_NAME).write_bytes(graph.finish(WEIGHTS_NAME, regions).SerializeToString(deterministic=True))
+
+
+def load_tokenizer(files: TokenizerFiles, vocab_size: int) -> Tokenizer:
+    """Load ``tokenizer.json`` and compare it with the embedding.
+
+    Raises:
+        CheckpointError: If it cannot be read, or has ids that the embedding lacks.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(files.tokenizer_json.decode())
+    except Exception as error:  # the tokenizers library raises plain Exception for every parse error
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if highest >= vocab_size:
+        raise CheckpointError(f"the tokenizer has ids up to {highest}, but the embedding has {vocab_size} rows")
+    return tokenizer
+
+
+def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer) -> GenerationDefaults:
+    """Read end tokens and sampling defaults.
+
+    Raises:
+        CheckpointError: If there is no end token, or a field is of another type.
+    """
+    generation, config = checkpoint.generation_config, checkpoint.config
+    eos = generation.token_ids("eos_token_id") or config.token_ids("eos_token_id")
+    if not eos:
+        raise CheckpointError(f"{checkpoint.path}: neither generation_config.json nor config.json has eos_token_id")
+    bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
+    pad = generation.token_ids("pad_token_id") or config.token_ids("pad_token_id")
+    return GenerationDefaults(
+        eos_token_ids=eos,
+        bos_token_id=bos[0] if bos else None,
+        pad_token_id=pad[0] if pad else None,
+        add_bos_token=bool(bos) and tokenizer.encode("a").ids[:1] == [bos[0]],
+        do_sample=generation.flag("do_sample", default=False),
+        temperature=generation.number("temperature", default=1.0),
+        top_k=generation.integer("top_k", default=0),
+        top_p=generation.number("top_p", default=1.0),
+        repetition_penalty=generation.number("repetition_penalty", default=1.0),
+    )
+
+
+def make_self_tests(
+    directory: Path,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat | None,
+    generation: GenerationDefaults,
+    progress: Progress,
+) -> tuple[SelfTest, ...]:
+    """Run the written model on a few prompts and keep its greedy tokens."""
+    runner = Runner(directory / MODEL_NAME)
+    progress.stage("self-test", len(_SELF_TEST_PROMPTS))
+    tests = []
+    for prompt in _SELF_TEST_PROMPTS:
+        text, chat = prompt, chat_format is not None
+        if chat_format is not None:
+            text = "".join(segment.text for segment in chat_format.render([ChatMessage("user", prompt)]))
+        tokens = tokenizer.encode(text, add_special_tokens=not chat).ids
+        greedy = runner.greedy(tokens, _SELF_TEST_TOKENS, frozenset(generation.eos_token_ids))
+        unclear = [index for index, chosen in enumerate(greedy) if chosen.margin < _CLEAR_MARGIN]
+        tests.append(
+            SelfTest(
+                prompt_tokens=tuple(tokens),
+                expected_tokens=tuple(chosen.token for chosen in greedy),
+                min_matching_tokens=unclear[0] if unclear else len(greedy),
+            )
+        )
+        progress.advance(1)
+    return tuple(tests)
+
+
+def describe_precision(plan: PrecisionPlan, graph: Graph) -> Precision:
+    """Return the precision of each group of weights with its bytes."""
+    sizes: dict[str, int] = {}
+    for weight in graph.weights:
+        sizes[weight.group] = sizes.get(weight.group, 0) + sum(spec.nbytes for spec in weight.outputs)
+    groups = tuple(
+        msgspec.structs.replace(group, length_bytes=sizes[name]) for name, group in plan.groups.items() if name in sizes
+    )
+    return Precision(name=plan.name, groups=groups)
+
+
+def count_parameters(graph: Graph) -> int:
+    """Count the checkpoint's weights that the graph uses, each once."""
+    sources = {source.name: source.shape for weight in graph.weights for source in weight.sources}
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in sources.values())
+
+
+def provenance(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Provenance:
+    """Return sources with their hashes, tools with their versions, and the options."""
+    progress.stage("source hashes", sum(path.stat().st_size for path in checkpoint.files))
+    hashes = {}
+    for path in checkpoint.files:
+        with path.open("rb") as stream:
+            hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        progress.advance(path.stat().st_size)
+    tools = {name: installed_version(name) for name in _TOOLS}
+    return Provenance(
+        source=checkpoint.path.name,
+        source_sha256=hashes,
+        tools={"lamplighter-builder": __version__, "python": platform.python_version(), **tools},
+        options={"precision": options.precision},
+    )
+
+
+def _read_finite(checkpoint: Checkpoint, name: str) -> FloatArray:
+    values = checkpoint.read(name)
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
+    return values
+
+
+def _elements(weight: Weight) -> int:
+    return sum(int(np.prod(source.shape, dtype=np.int64)) for source in weight.sources)

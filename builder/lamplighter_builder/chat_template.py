@@ -1,0 +1,186 @@
+"""From a Jinja chat template to a :class:`ChatFormat`: probed with marked contents, then proved equal.
+
+A probe renders a conversation whose contents are marks and looks at the texts between them. The format made from the
+probes is then compared with the template on every order of roles up to four messages and on longer ones, with contents
+that templates are known to treat in special ways. The template runs in jinja2's immutable sandbox.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple, NoReturn
+
+import jinja2
+import jinja2.sandbox
+import msgspec
+
+from lamplighter_agent.errors import ChatTemplateError, RequestError
+from lamplighter_agent.package.chat_format import (
+    DATE_MARK,
+    ChatFormat,
+    ChatMessage,
+    Role,
+)
+from lamplighter_builder.chat_probe import probe_chat_format
+
+_OVERRIDE: Final = "write the chat format as JSON and give it with --chat-format FILE"
+_ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant")
+_THINK_END: Final = "</think>"
+
+
+class JinjaTemplate:
+    """A chat template as transformers would render it.
+
+    Args:
+        source: Jinja source.
+        special_tokens: Texts by name, such as ``bos_token``, which the template may use.
+
+    Raises:
+        ChatTemplateError: If the source is not valid Jinja.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.date_formats: set[str] = set()
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = self._date
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the chat template is not valid Jinja: {error}", hint=_OVERRIDE) from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str | None:
+        """Return the text, or None if the template refuses the conversation."""
+        try:
+            return self._template.render(
+                messages=[{"role": message.role, "content": message.content} for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError):
+            # What a template's expressions raise on a conversation that its author did not think of.
+            return None
+
+    def _date(self, date_format: str) -> str:
+        self.date_formats.add(date_format)
+        return DATE_MARK
+
+
+def compile_chat_template(source: str, special_tokens: Mapping[str, str]) -> ChatFormat:
+    """Return a chat format that renders what the template renders.
+
+    Raises:
+        ChatTemplateError: If there is none; it shows the first conversation on which both differ.
+    """
+    template = JinjaTemplate(source, special_tokens)
+    candidate = probe_chat_format(template.render)
+    if candidate is None or len(template.date_formats) > 1:
+        raise ChatTemplateError(
+            "the chat template cannot be compiled: it refuses a single user message, or states dates in two ways",
+            hint=_OVERRIDE,
+        )
+    candidate = msgspec.structs.replace(candidate, date_format=next(iter(template.date_formats), None))
+    found = first_difference(template, candidate)
+    if found is not None and any(message.role == "system" and not message.content for message in found.messages):
+        candidate = msgspec.structs.replace(candidate, empty_system=False)
+        found = first_difference(template, candidate)
+    if found is not None:
+        raise ChatTemplateError(found.describe(), hint=_OVERRIDE)
+    return candidate
+
+
+class Difference(NamedTuple):
+    """A conversation that template and format treat differently; None stands for a refusal."""
+
+    messages: tuple[ChatMessage, ...]
+    add_generation_prompt: bool
+    expected: str | None
+    found: str | None
+
+    def describe(self) -> str:
+        """Return a sentence with the conversation and both texts."""
+        listed = json.dumps([msgspec.to_builtins(message) for message in self.messages], ensure_ascii=False)
+        texts = ["refuses it" if text is None else f"gives {text!r}" for text in (self.expected, self.found)]
+        return (
+            f"the chat template cannot be compiled: on {listed} with add_generation_prompt="
+            f"{self.add_generation_prompt} it {texts[0]}, the compiled format {texts[1]}"
+        )
+
+
+def first_difference(template: JinjaTemplate, chat_format: ChatFormat) -> Difference | None:
+    """Compare template and format on generated conversations and return the first difference, or None.
+
+    The format may refuse more than the template in two cases: where the template leaves a message out of the text,
+    and where an answer behind the last user message holds the end of a thought.
+    """
+    for messages in _conversations():
+        for generate in (True, False):
+            expected = template.render(messages, add_generation_prompt=generate)
+            found = _render(chat_format, messages, generate)
+            if expected == found or (found is None and expected is not None and _may_refuse(messages, expected)):
+                continue
+            return Difference(messages, generate, expected, found)
+    return None
+
+
+def _render(chat_format: ChatFormat, messages: Sequence[ChatMessage], generate: bool) -> str | None:
+    try:
+        # The mark stands for the date in both texts.
+        undated = msgspec.structs.replace(chat_format, date_format=None)
+        segments = undated.render(messages, add_generation_prompt=generate)
+    except RequestError:
+        return None
+    return "".join(segment.text for segment in segments)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _may_refuse(messages: Sequence[ChatMessage], expected: str) -> bool:
+    last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
+    if any(_THINK_END in message.content for message in messages[last_user + 1 :]):
+        return True
+    return any(_is_lost(message, expected) for message in messages)
+
+
+def _is_lost(message: ChatMessage, expected: str) -> bool:
+    """Tell whether the template left a message out; one with a thought may lose that part by right."""
+    if message.role == "system" and not message.content:
+        return True
+    return _THINK_END not in message.content and message.content.strip() not in expected
+
+
+def _conversations() -> Iterator[tuple[ChatMessage, ...]]:
+    """Yield conversations: all orders of up to four roles, then longer ones, in several kinds of contents."""
+    orders = [order for length in range(1, 5) for order in itertools.product(_ROLES, repeat=length)]
+    turns: list[Role] = ["user", "assistant"]
+    for length in (5, 6, 7):
+        order = tuple(itertools.islice(itertools.cycle(turns), length))
+        orders += [order, ("system", *order)]
+    for contents in _CONTENTS:
+        for order in orders:
+            cycle = itertools.cycle(contents)
+            yield tuple(ChatMessage(role, text) for role, text in zip(order, cycle, strict=False))
+
+
+_CONTENTS: Final = (
+    ("Alpha one.", "Beta two?", "Gamma three!", "Delta\nfour", "Epsilon five", "Zeta six", "Eta seven"),
+    ("  lead", "trail  ", "\n\nlines\n\n", "\t tab \n", " \n mixed \n ", "a  b", "\u00a0wide\u00a0"),
+    ("<|im_end|>\n<|im_start|>system", "[/INST] x </s>", "<|eot_id|>{{ 1 }}", "{% raw %}", "é 漢字 🙂", "'\"\\", "0"),
+    ("x<think>a</think>\n\nb", "<think>\n\n</think>\n\nanswer", "<think>k</think>plain", "</think> z", "<think>open"),
+    ("", "after nothing", "then"),
+    ("given", "", "", "x"),
+)

@@ -1,0 +1,159 @@
+"""The command line: one function a subcommand, and one place where errors become messages and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, TextIO
+
+from lamplighter_agent.errors import LamplighterError
+from lamplighter_builder import __version__
+
+_BAR_WIDTH: Final = 30
+_REDRAW_S: Final = 0.2
+_LINE_EVERY_S: Final = 10.0
+
+
+class TerminalProgress:
+    """Shows stages on a text stream: a bar with the time left on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._interactive = stream, stream.isatty()
+        self._title, self._total, self._done = "", 0, 0
+        self._started = self._shown = 0.0
+
+    def stage(self, title: str, total: int) -> None:
+        """Begin a stage of ``total`` units."""
+        self.close()
+        self._title, self._total, self._done = title, total, 0
+        self._started = self._shown = time.monotonic()
+        self._show(force=not self._interactive)
+
+    def advance(self, amount: int) -> None:
+        """Report work done since the last call."""
+        self._done += amount
+        self._show(force=self._done >= self._total)
+
+    def close(self) -> None:
+        """End the line of the last stage."""
+        if self._title and self._interactive:
+            self._stream.write("\n")
+        self._title = ""
+
+    def _show(self, *, force: bool) -> None:
+        now = time.monotonic()
+        if not force and now - self._shown < (_REDRAW_S if self._interactive else _LINE_EVERY_S):
+            return
+        self._shown = now
+        share = self._done / self._total if self._total else 0.0
+        elapsed = now - self._started
+        left = f", {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""
+        took = f", {elapsed:.1f} s" if share >= 1 else ""
+        if self._interactive:
+            bar = ("#" * int(_BAR_WIDTH * share)).ljust(_BAR_WIDTH, ".")
+            self._stream.write(f"\r{self._title:14} [{bar}] {share:4.0%}{left}{took}\x1b[K")
+        else:
+            self._stream.write(f"{self._title}: {share:.0%}{left}{took}\n")
+        self._stream.flush()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except LamplighterError as error:
+        if arguments.json:
+            print(json.dumps({"error": error.to_dict()}, ensure_ascii=False))
+        print(f"lamplighter-builder: {error.diagnostics()}", file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="lamplighter-builder", description="Build packages for Lamplighter agents.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_build(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    build = commands.add_parser("build", help="turn a checkpoint into a package")
+    build.add_argument("-m", "--model", required=True, help="a Hugging Face directory, a GGUF file, or a hub id")
+    build.add_argument("-o", "--output", required=True, type=Path, help="directory of the package, missing or empty")
+    build.add_argument("-p", "--precision", required=True, choices=("int4", "fp32"), help="precision of the weights")
+    build.add_argument("-e", "--execution-provider", default="cpu", choices=("cpu",), help="where it will run")
+    build.add_argument("-c", "--cache", type=Path, help="directory for downloads, used with a hub id")
+    build.add_argument("--name", help="package name; made from the checkpoint's if not given")
+    build.add_argument("--version", dest="package_version", default="1.0.0", help="package version (default: 1.0.0)")
+    build.add_argument("--licence", help="SPDX expression, if the checkpoint states none")
+    build.add_argument("--chat-format", type=Path, help="JSON file with a chat format, instead of the chat template")
+    build.add_argument("--json", action="store_true", help="print the result as JSON")
+    build.set_defaults(run=run_build)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser("inspect", help="show what is in a package")
+    inspect.add_argument("package", type=Path, help="package directory")
+    inspect.add_argument("--json", action="store_true", help="print as JSON")
+    inspect.set_defaults(run=run_inspect)
+
+
+def run_build(arguments: argparse.Namespace) -> int:
+    """Build a package.
+
+    Raises:
+        LamplighterError: If it cannot be built.
+    """
+    # Imported here, so that --help and a wrong call answer at once.
+    from lamplighter_builder.build import BuildOptions, build_package
+    from lamplighter_builder.sources import default_name, open_checkpoint, read_chat_format
+
+    checkpoint = open_checkpoint(arguments.model, arguments.cache)
+    options = BuildOptions(
+        output=arguments.output,
+        precision=arguments.precision,
+        name=arguments.name or default_name(checkpoint.path, arguments.precision),
+        version=arguments.package_version,
+        licence=arguments.licence,
+        chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),
+    )
+    progress = TerminalProgress(sys.stderr)
+    try:
+        manifest = build_package(checkpoint, options, progress)
+    finally:
+        progress.close()
+    if arguments.json:
+        facts = {"package": manifest.reference, "directory": str(arguments.output), "bytes": manifest.total_bytes}
+        print(json.dumps(facts))
+    else:
+        print(f"{arguments.output}: package {manifest.reference}, {manifest.total_bytes / 1e6:.1f} MB")
+    return 0
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    """Show what is in a package.
+
+    Raises:
+        LamplighterError: If it is no package.
+    """
+    from lamplighter_builder.inspection import inspect_package
+
+    facts = inspect_package(arguments.package)
+    if arguments.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    for key, value in facts.items():
+        print(f"{key}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v}' for k, v in value.items())}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Token embeddings, which may also serve as the head: then both read one stored copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from lamplighter_builder.components.linear import Quantizer, matmul_nbits, quantized_arrays, quantized_specs
+from lamplighter_builder.graph import CONTRIB_DOMAIN, Array, FloatArray, Graph, Source, TensorSpec, Value, Weight
+from lamplighter_builder.quantization.blockwise import BlockFormat
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingSpec:
+    """An embedding table [vocab_size, hidden_size]; ``name`` is its module path."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+
+    @property
+    def source(self) -> Source:
+        """The checkpoint tensor."""
+        return Source(f"{self.name}.weight", (self.vocab_size, self.hidden_size))
+
+
+class Embedding(Protocol):
+    """An embedding declared in a graph."""
+
+    def lookup(self, graph: Graph, token_ids: Value) -> Value:
+        """From token ids int64 [B, S] to hidden states [B, S, hidden_size]."""
+
+    def project(self, graph: Graph, hidden: Value) -> Value:
+        """From hidden states [B, S, hidden_size] to logits [B, S, vocab_size] with the same table (tied head)."""
+
+
+class EmbeddingFactory(Protocol):
+    """Declares an embedding in some precision."""
+
+    def __call__(self, graph: Graph, spec: EmbeddingSpec) -> Embedding:
+        """Declare the table's weight."""
+
+
+class FloatEmbedding:
+    """float32 table: ``Gather``; tied head as ``FusedMatMul`` with a transposed right side."""
+
+    def __init__(self, graph: Graph, spec: EmbeddingSpec) -> None:
+        output = TensorSpec(f"{spec.name}.weight", np.float32, (spec.vocab_size, spec.hidden_size))
+        (self._table,) = graph.weight(Weight("embedding", (spec.source,), (output,), lambda sources: [sources[0]]))
+
+    def lookup(self, graph: Graph, token_ids: Value) -> Value:
+        """From token ids int64 [B, S] to hidden states [B, S, hidden_size]."""
+        (hidden,) = graph.op("Gather", [self._table, token_ids])
+        return hidden
+
+    def project(self, graph: Graph, hidden: Value) -> Value:
+        """From hidden states [B, S, hidden_size] to logits [B, S, vocab_size]."""
+        (logits,) = graph.op("FusedMatMul", [hidden, self._table], domain=CONTRIB_DOMAIN, attributes={"transB": 1})
+        return logits
+
+
+class QuantizedEmbedding:
+    """``GatherBlockQuantized`` on the blob that a tied head reads as ``MatMulNBits``."""
+
+    def __init__(self, graph: Graph, spec: EmbeddingSpec, block_format: BlockFormat, quantizer: Quantizer) -> None:
+        self._spec, self._format = spec, block_format
+        self._matrix_specs = quantized_specs(spec.name, block_format, spec.vocab_size, spec.hidden_size)
+        codes, *rest = self._matrix_specs
+        table = TensorSpec(codes.name, np.uint8, (spec.vocab_size, codes.nbytes // spec.vocab_size))
+
+        def convert(sources: Sequence[FloatArray]) -> list[Array]:
+            packed, *others = quantized_arrays(quantizer(spec.name, sources[0]))
+            return [packed.reshape(table.shape), *others]
+
+        self._tensors = graph.weight(Weight("embedding", (spec.source,), (table, *rest), convert))
+
+    def lookup(self, graph: Graph, token_ids: Value) -> Value:
+        """From token ids int64 [B, S] to hidden states [B, S, hidden_size]."""
+        table, *rest = self._tensors
+        (hidden,) = graph.op(
+            "GatherBlockQuantized",
+            [table, token_ids, *rest],
+            domain=CONTRIB_DOMAIN,
+            attributes={
+                "bits": self._format.bits,
+                "block_size": self._format.block_size,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            },
+        )
+        return hidden
+
+    def project(self, graph: Graph, hidden: Value) -> Value:
+        """From hidden states [B, S, hidden_size] to logits [B, S, vocab_size]."""
+        spec = self._matrix_specs[0]
+        codes = graph.alias(TensorSpec(f"{spec.name}_as_matrix", spec.dtype, spec.shape), of=self._tensors[0])
+        shape = (self._spec.vocab_size, self._spec.hidden_size)
+        return matmul_nbits(graph, hidden, [codes, *self._tensors[1:]], self._format, shape)
+
+
+class QuantizedEmbeddingFactory:
+    """Declares :class:`QuantizedEmbedding` with one format and quantizer."""
+
+    def __init__(self, block_format: BlockFormat, quantizer: Quantizer) -> None:
+        self._format, self._quantizer = block_format, quantizer
+
+    def __call__(self, graph: Graph, spec: EmbeddingSpec) -> QuantizedEmbedding:
+        """Declare the table's weight."""
+        return QuantizedEmbedding(graph, spec, self._format, self._quantizer)

@@ -1,0 +1,181 @@
+"""Linear layers. A model asks a :class:`LinearFactory`; the build's precision decides which one it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+
+from lamplighter_builder.graph import (
+    CONTRIB_DOMAIN,
+    NO_VALUE,
+    Array,
+    FloatArray,
+    Graph,
+    Source,
+    TensorSpec,
+    Value,
+    Weight,
+)
+from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
+
+ACCURACY_LEVEL: Final = 4
+"""``MatMulNBits`` computes with activations quantized to int8; on the CPU four times as fast as float32."""
+
+Quantizer = Callable[[str, FloatArray], QuantizedMatrix]
+"""From a weight's name and its float32 [N, K] to its quantized form."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """A linear layer ``y = x @ W.T + b``.
+
+    Attributes:
+        name: Module path of the layer, for names of initializers.
+        sources: Checkpoint weights [n_i, in_features], stacked along the out features in this order.
+        in_features: K.
+        out_features: N, the sum of all n_i.
+        biases: Checkpoint biases [n_i] stacked likewise, or empty.
+        group: Precision group in the manifest.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    in_features: int
+    out_features: int
+    biases: tuple[Source, ...] = ()
+    group: str = "linear"
+
+
+class LinearFactory(Protocol):
+    """Emits a linear layer in some precision."""
+
+    def __call__(self, graph: Graph, x: Value, spec: LinearSpec) -> Value:
+        """Apply the layer to ``x`` [B, S, in_features] and return [B, S, out_features]."""
+
+
+def linear_source(module: str, out_features: int, in_features: int) -> Source:
+    """Return the source of a module's ``weight``."""
+    return Source(f"{module}.weight", (out_features, in_features))
+
+
+def bias_source(module: str, out_features: int) -> Source:
+    """Return the source of a module's ``bias``."""
+    return Source(f"{module}.bias", (out_features,))
+
+
+class FloatLinear:
+    """``MatMul`` with the weight transposed to [in_features, out_features] at build time, float32."""
+
+    def __call__(self, graph: Graph, x: Value, spec: LinearSpec) -> Value:
+        """Apply the layer to ``x`` [B, S, in_features] and return [B, S, out_features]."""
+        output = TensorSpec(f"{spec.name}.weight", np.float32, (spec.in_features, spec.out_features))
+        (weight,) = graph.weight(Weight(spec.group, spec.sources, (output,), _stack_transposed))
+        (y,) = graph.op("MatMul", [x, weight])
+        if spec.biases:
+            (y,) = graph.op("Add", [y, declare_bias(graph, spec)])
+        return y
+
+
+class QuantizedLinear:
+    """``MatMulNBits``: codes uint8 [N, blocks, block_size * bits / 8], scales float32 [N, blocks].
+
+    Args:
+        block_format: Bits, block size and symmetry of every matrix.
+        quantizer: Turns a weight into codes, scales and zero points.
+    """
+
+    def __init__(self, block_format: BlockFormat, quantizer: Quantizer) -> None:
+        self._format = block_format
+        self._quantizer = quantizer
+
+    def __call__(self, graph: Graph, x: Value, spec: LinearSpec) -> Value:
+        """Apply the layer to ``x`` [B, S, in_features] and return [B, S, out_features]."""
+        outputs = quantized_specs(spec.name, self._format, spec.out_features, spec.in_features)
+
+        def convert(sources: Sequence[FloatArray]) -> list[Array]:
+            return quantized_arrays(self._quantizer(spec.name, _stack(sources)))
+
+        tensors = graph.weight(Weight(spec.group, spec.sources, outputs, convert))
+        bias = declare_bias(graph, spec) if spec.biases else None
+        return matmul_nbits(graph, x, tensors, self._format, (spec.out_features, spec.in_features), bias)
+
+
+def quantized_specs(
+    name: str, block_format: BlockFormat, out_features: int, in_features: int
+) -> tuple[TensorSpec, ...]:
+    """Return the initializers of a ``MatMulNBits``: codes, scales and, if asymmetric, packed zero points."""
+    blocks = block_format.blocks(in_features)
+    specs = [
+        TensorSpec(
+            f"{name}.weight_codes", np.uint8, (out_features, blocks, block_format.block_size * block_format.bits // 8)
+        ),
+        TensorSpec(f"{name}.weight_scales", np.float32, (out_features, blocks)),
+    ]
+    if not block_format.symmetric:
+        width = -(-blocks * block_format.bits // 8)
+        specs.append(TensorSpec(f"{name}.weight_zero_points", np.uint8, (out_features, width)))
+    return tuple(specs)
+
+
+def quantized_arrays(matrix: QuantizedMatrix) -> list[Array]:
+    """Return the arrays of :func:`quantized_specs`, in the same order."""
+    arrays: list[Array] = [matrix.packed_codes(), matrix.scales]
+    zero_points = matrix.packed_zero_points()
+    return arrays if zero_points is None else [*arrays, zero_points]
+
+
+def matmul_nbits(
+    graph: Graph,
+    x: Value,
+    tensors: Sequence[Value],
+    block_format: BlockFormat,
+    shape: tuple[int, int],
+    bias: Value | None = None,
+) -> Value:
+    """Emit ``MatMulNBits`` on declared tensors.
+
+    Args:
+        graph: Graph under construction.
+        x: [B, S, K].
+        tensors: Codes, scales and, if asymmetric, zero points.
+        block_format: Bits, block size and symmetry.
+        shape: (N, K).
+        bias: [N] or None.
+
+    Returns:
+        [B, S, N].
+    """
+    inputs = [x, *tensors]
+    if bias is not None:
+        inputs += [NO_VALUE] * (5 - len(inputs)) + [bias]
+    (y,) = graph.op(
+        "MatMulNBits",
+        inputs,
+        domain=CONTRIB_DOMAIN,
+        attributes={
+            "N": shape[0],
+            "K": shape[1],
+            "bits": block_format.bits,
+            "block_size": block_format.block_size,
+            "accuracy_level": ACCURACY_LEVEL,
+        },
+    )
+    return y
+
+
+def declare_bias(graph: Graph, spec: LinearSpec) -> Value:
+    """Declare the stacked bias [out_features] of a layer."""
+    output = TensorSpec(f"{spec.name}.bias", np.float32, (spec.out_features,))
+    (bias,) = graph.weight(Weight("bias", spec.biases, (output,), lambda sources: [_stack(sources)]))
+    return bias
+
+
+def _stack(sources: Sequence[FloatArray]) -> FloatArray:
+    return sources[0] if len(sources) == 1 else np.concatenate(sources, axis=0)
+
+
+def _stack_transposed(sources: Sequence[FloatArray]) -> list[Array]:
+    return [np.ascontiguousarray(_stack(sources).T)]

@@ -1,0 +1,1 @@
+"""Architectures: one file a ``model_type``, found through ``lamplighter_builder.registry``."""

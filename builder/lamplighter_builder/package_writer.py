@@ -1,0 +1,130 @@
+"""Packages on disk: made in a hidden directory beside the target and renamed when they are whole.
+
+A build that fails or is interrupted leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from lamplighter_agent.errors import BuildError, ConfigError, DiskFullError
+from lamplighter_agent.package.hashing import digest_file
+from lamplighter_agent.package.layout import (
+    CHUNK_BYTES,
+    GENAI_CONFIG_NAME,
+    MANIFEST_NAME,
+    MODEL_NAME,
+    TOKENIZER_NAME,
+    WEIGHTS_NAME,
+    check_name,
+)
+from lamplighter_agent.package.manifest import FileEntry, FileRole, Manifest, encode_manifest
+
+_ROLES: Final[dict[str, FileRole]] = {
+    MODEL_NAME: "model",
+    WEIGHTS_NAME: "weights",
+    TOKENIZER_NAME: "tokenizer",
+    GENAI_CONFIG_NAME: "genai_config",
+}
+_NOTICE_PREFIXES: Final = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+
+
+class PackageWriter:
+    """A package being written. Use it as a context manager around the whole build.
+
+    Args:
+        target: Directory of the finished package; it must be missing or empty.
+
+    Raises:
+        ConfigError: If ``target`` is not empty, is no directory, or its parent cannot be written.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        _check_target(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.directory = Path(tempfile.mkdtemp(prefix=f".{target.name}.building-", dir=target.parent))
+        except OSError as error:
+            raise ConfigError(f"{target.parent}: cannot write there: {error.strerror}") from error
+        self._finished = False
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write one file durably.
+
+        Raises:
+            OSError: If the disk is full or fails.
+        """
+        with (self.directory / check_name(name, "file name")).open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def entries(self) -> tuple[FileEntry, ...]:
+        """Hash every file written so far, in the order of their names."""
+        return tuple(_entry(path) for path in sorted(self.directory.iterdir()))
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest and put the package in its place.
+
+        Raises:
+            BuildError: If the target was filled meanwhile.
+            ManifestError: If the manifest breaks a rule of the format.
+            OSError: If the disk is full or fails.
+        """
+        self.write(MANIFEST_NAME, encode_manifest(manifest))
+        self.directory.chmod(0o755)
+        _sync_directory(self.directory)
+        try:
+            self.directory.replace(self._target)
+        except OSError as error:
+            raise BuildError(f"{self._target}: cannot put the package there: {error.strerror}") from error
+        self._finished = True
+        _sync_directory(self._target.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(
+                f"{self._target.parent}: the disk is full", hint="free space there, or choose another -o"
+            ) from error
+
+
+def _check_target(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ConfigError(f"{target}: is no directory", hint="choose another -o")
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target}: the directory is not empty", hint="choose another -o, or remove it first")
+
+
+def _entry(path: Path) -> FileEntry:
+    digest = digest_file(path, CHUNK_BYTES)
+    notice: FileRole = "notice" if path.name.upper().startswith(_NOTICE_PREFIXES) else "other"
+    return FileEntry(
+        name=path.name,
+        role=_ROLES.get(path.name, notice),
+        length=digest.length,
+        sha256=digest.sha256,
+        chunk_bytes=CHUNK_BYTES,
+        chunk_sha256=digest.chunk_sha256,
+    )
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

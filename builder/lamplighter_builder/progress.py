@@ -1,0 +1,25 @@
+"""How a long build tells where it is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Hears of stages and of work done in them."""
+
+    def stage(self, title: str, total: int) -> None:
+        """Begin a stage of ``total`` units of work (bytes, tensors, tokens …)."""
+
+    def advance(self, amount: int) -> None:
+        """Report work done since the last call."""
+
+
+class SilentProgress:
+    """Hears and says nothing."""
+
+    def stage(self, title: str, total: int) -> None:
+        """Ignore the stage."""
+
+    def advance(self, amount: int) -> None:
+        """Ignore the work."""

@@ -1,0 +1,1 @@
+"""Quantization on plain arrays: nothing here knows a model or a graph."""

@@ -1,0 +1,153 @@
+"""Block-wise integers as onnxruntime's ``MatMulNBits`` and ``GatherBlockQuantized`` store them.
+
+A weight [N, K] (N out features, K in features) is cut along K into blocks of ``block_size``. Each block has one float
+scale and, if asymmetric, one integer zero point; a stored code ``q`` stands for ``(q - zero_point) * scale``. Without
+zero points both operators take ``2 ** (bits - 1)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from lamplighter_agent.errors import UnsupportedModelError
+
+FloatArray = npt.NDArray[np.float32]
+CodeArray = npt.NDArray[np.uint8]
+
+SUPPORTED_BITS: Final = (4, 8)
+SUPPORTED_BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockFormat:
+    """How a matrix is quantized.
+
+    Attributes:
+        bits: Bits a weight, 4 or 8.
+        block_size: Weights along K that share a scale.
+        symmetric: True without zero points.
+
+    Raises:
+        ValueError: If a value is not one that onnxruntime's kernels take.
+    """
+
+    bits: int
+    block_size: int
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise ValueError(f"bits is {self.bits}, but must be one of {SUPPORTED_BITS}")
+        if self.block_size not in SUPPORTED_BLOCK_SIZES:
+            raise ValueError(f"block_size is {self.block_size}, but must be one of {SUPPORTED_BLOCK_SIZES}")
+
+    @property
+    def default_zero_point(self) -> int:
+        """The code that stands for zero when there are no zero points."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def max_code(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def blocks(self, in_features: int) -> int:
+        """Return the number of blocks in a row of ``in_features`` weights.
+
+        Raises:
+            UnsupportedModelError: If ``in_features`` is no multiple of the block size. The operators would allow a
+                padded last block, but then the matrix cannot be shared between embedding and head.
+        """
+        if in_features % self.block_size:
+            raise UnsupportedModelError(
+                f"a matrix has {in_features} in features, which is no multiple of the block size {self.block_size}",
+                hint=f"choose a block size from {SUPPORTED_BLOCK_SIZES} that divides it",
+            )
+        return in_features // self.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
+    """A quantized weight, unpacked.
+
+    Attributes:
+        format: Bits, block size and symmetry.
+        codes: uint8 [N, K], one code a weight.
+        scales: float32 [N, blocks].
+        zero_points: uint8 [N, blocks] if asymmetric, otherwise None.
+    """
+
+    format: BlockFormat
+    codes: CodeArray
+    scales: FloatArray
+    zero_points: CodeArray | None = None
+
+    def __post_init__(self) -> None:
+        blocks = (self.codes.shape[0], self.format.blocks(self.codes.shape[1]))
+        if self.scales.shape != blocks:
+            raise ValueError(f"scales have shape {self.scales.shape}, but the codes make {blocks} blocks")
+        if (self.zero_points is None) != self.format.symmetric:
+            raise ValueError("zero points must be given exactly where the format is asymmetric")
+        if self.zero_points is not None and self.zero_points.shape != blocks:
+            raise ValueError(f"zero points have shape {self.zero_points.shape}, but the codes make {blocks} blocks")
+
+    def dequantize(self) -> FloatArray:
+        """Return the float32 weight [N, K] that the operators compute with."""
+        rows, blocks = self.scales.shape
+        codes = self.codes.reshape(rows, blocks, -1).astype(np.float32)
+        zero: FloatArray | float = float(self.format.default_zero_point)
+        if self.zero_points is not None:
+            zero = self.zero_points.astype(np.float32)[:, :, None]
+        return ((codes - zero) * self.scales[:, :, None]).reshape(self.codes.shape)
+
+    def packed_codes(self) -> CodeArray:
+        """Return the codes as uint8 [N, blocks, block_size * bits / 8], the even element in the low half of a byte.
+
+        Row by row the bytes equal ``GatherBlockQuantized``'s [N, K * bits / 8]: one blob serves both operators.
+        """
+        rows, blocks = self.scales.shape
+        return pack(self.codes, self.format.bits).reshape(rows, blocks, -1)
+
+    def packed_zero_points(self) -> CodeArray | None:
+        """Return the zero points as uint8 [N, ceil(blocks * bits / 8)], each row padded with zero bits, or None."""
+        return None if self.zero_points is None else pack(self.zero_points, self.format.bits)
+
+
+def pack(codes: CodeArray, bits: int) -> CodeArray:
+    """Pack each row of codes into bytes, low half first.
+
+    Args:
+        codes: uint8 [rows, columns], each below ``2 ** bits``.
+        bits: 4 or 8.
+
+    Returns:
+        uint8 [rows, ceil(columns * bits / 8)].
+    """
+    if bits == 8:
+        return codes
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return codes[:, 0::2] | (codes[:, 1::2] << np.uint8(4))
+
+
+def unpack(packed: CodeArray, bits: int, columns: int) -> CodeArray:
+    """Undo :func:`pack`.
+
+    Args:
+        packed: uint8 [rows, ceil(columns * bits / 8)].
+        bits: 4 or 8.
+        columns: Codes in a row, without padding.
+
+    Returns:
+        uint8 [rows, columns].
+    """
+    if bits == 8:
+        return packed
+    codes = np.empty((packed.shape[0], packed.shape[1] * 2), dtype=np.uint8)
+    codes[:, 0::2] = packed & 0x0F
+    codes[:, 1::2] = packed >> np.uint8(4)
+    return codes[:, :columns]

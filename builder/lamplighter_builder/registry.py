@@ -1,0 +1,47 @@
+"""From ``config.json``'s ``model_type`` to the file in ``models/`` that knows it, imported on demand."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from lamplighter_agent.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from lamplighter_builder.checkpoint import Fields
+    from lamplighter_builder.models.decoder import CausalLM, DecoderConfig, Parts
+
+MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType({"llama": "llama"})
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a file in ``models/`` exports as ``ARCHITECTURE``.
+
+    Attributes:
+        read_config: From the fields of a ``config.json`` to the decoder's config.
+        model: From config and parts to the decoder.
+    """
+
+    read_config: Callable[[Fields], DecoderConfig]
+    model: Callable[[DecoderConfig, Parts], CausalLM]
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """Return the architecture of a ``model_type``.
+
+    Raises:
+        UnsupportedModelError: If there is none.
+    """
+    module = MODEL_MODULES.get(model_type)
+    if module is None:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported", hint=f"supported are: {', '.join(sorted(MODEL_MODULES))}"
+        )
+    architecture = importlib.import_module(f"lamplighter_builder.models.{module}").ARCHITECTURE
+    if not isinstance(architecture, Architecture):
+        raise TypeError(f"lamplighter_builder.models.{module}.ARCHITECTURE is {architecture!r}")
+    return architecture

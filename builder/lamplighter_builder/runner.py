@@ -1,0 +1,97 @@
+"""A small onnxruntime loop for the builder's own checks: logits with a growing cache, greedy tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from lamplighter_builder.graph import FloatArray
+
+IntArray = npt.NDArray[np.int64]
+_THREADS: Final = 0
+"""onnxruntime chooses."""
+
+
+class Cache(NamedTuple):
+    """Tokens seen and the arrays [B, heads, offset, head_dim] of every layer, by graph input name."""
+
+    offset: int
+    arrays: dict[str, FloatArray]
+
+
+class Runner:
+    """Runs a decoder graph of the contract in ``models/decoder.py``."""
+
+    def __init__(self, model: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = _THREADS
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self._past = [node for node in self._session.get_inputs() if node.name.startswith("past_key_values.")]
+        self._outputs = [node.name for node in self._session.get_outputs()]
+
+    def empty_cache(self, batch_size: int = 1) -> Cache:
+        """Return a cache without tokens."""
+        return Cache(
+            0,
+            {
+                node.name: np.zeros((batch_size, node.shape[1], 0, node.shape[3]), dtype=np.float32)
+                for node in self._past
+            },
+        )
+
+    def run(
+        self, tokens: IntArray, cache: Cache, *, mask: IntArray | None = None, logits_start: int | None = None
+    ) -> tuple[FloatArray, Cache]:
+        """Feed tokens after those in the cache.
+
+        Args:
+            tokens: int64 [B, S].
+            cache: What came before.
+            mask: int64 [B, offset + S]; all ones if None.
+            logits_start: First position of ``tokens`` whose logits are wanted; the graph's default if None.
+
+        Returns:
+            Logits float32 [B, n, V] and the cache after the tokens.
+        """
+        total = cache.offset + tokens.shape[1]
+        feeds: dict[str, npt.NDArray[np.int64] | FloatArray] = {
+            "input_ids": tokens,
+            "attention_mask": np.ones((tokens.shape[0], total), dtype=np.int64) if mask is None else mask,
+            **cache.arrays,
+        }
+        if logits_start is not None:
+            feeds["logits_start"] = np.array([logits_start], dtype=np.int64)
+        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        arrays = {name: results[name.replace("past_key_values", "present")] for name in cache.arrays}
+        return results["logits"], Cache(total, arrays)
+
+    def greedy(self, prompt: list[int], count: int, eos: frozenset[int] = frozenset()) -> list[GreedyToken]:
+        """Return up to ``count`` most likely tokens after ``prompt``; the last one may be an end token."""
+        logits, cache = self.run(_row(prompt), self.empty_cache(), logits_start=len(prompt) - 1)
+        found: list[GreedyToken] = []
+        while True:
+            found.append(_choose(logits[0, -1]))
+            if len(found) == count or found[-1].token in eos:
+                return found
+            logits, cache = self.run(_row([found[-1].token]), cache)
+
+
+class GreedyToken(NamedTuple):
+    """A chosen token and how far its logit is above the second best."""
+
+    token: int
+    margin: float
+
+
+def _row(tokens: list[int]) -> IntArray:
+    return np.array([tokens], dtype=np.int64)
+
+
+def _choose(logits: FloatArray) -> GreedyToken:
+    second, first = np.partition(logits, -2)[-2:]
+    return GreedyToken(int(logits.argmax()), float(first - second))

@@ -1,0 +1,75 @@
+"""Where a build's inputs come from: the meaning of ``-m``, names made from it, chat format files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from lamplighter_agent.errors import CheckpointError, ConfigError
+from lamplighter_agent.package.chat_format import ChatFormat
+from lamplighter_builder.checkpoint import Checkpoint, HuggingFaceCheckpoint
+from lamplighter_builder.gguf import GgufCheckpoint
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+_HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
+_QUANTIZATION_SUFFIX: Final = re.compile(r"[._-]((i?q\d+(_\w+)?)|f16|f32|bf16|fp16|fp32)$", re.IGNORECASE)
+
+
+def open_checkpoint(model: str, cache: Path | None) -> Checkpoint:
+    """Open what ``-m`` names.
+
+    Args:
+        model: A directory, a GGUF file, or a hub id such as ``owner/name``.
+        cache: Directory for downloads, or None for the hub client's own.
+
+    Raises:
+        CheckpointError: If it is damaged, or cannot be downloaded.
+        ConfigError: If there is no such file and it is no hub id.
+        UnsupportedModelError: If the kind of file or architecture is not supported.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return HuggingFaceCheckpoint(path)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{path}: no GGUF file", hint="give a model directory or a file named *.gguf")
+        return GgufCheckpoint(path)
+    if _HUB_ID.fullmatch(model) is None:
+        raise ConfigError(f"{model}: no such file or directory, and no hub id either")
+    return HuggingFaceCheckpoint(_download(model, cache))
+
+
+def default_name(path: Path, precision: str) -> str:
+    """Return a package name made from the checkpoint's file name and the precision."""
+    stem = path.resolve().stem if path.suffix.lower() == ".gguf" else path.resolve().name
+    stem = _QUANTIZATION_SUFFIX.sub("", stem)
+    name = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-.")
+    return f"{name or 'model'}-{precision}"
+
+
+def read_chat_format(path: Path) -> ChatFormat:
+    """Read a chat format from a JSON file of the manifest's form.
+
+    Raises:
+        ConfigError: If it cannot be read or is not of that form.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ChatFormat)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise ConfigError(f"{path}: no chat format: {error}") from error
+
+
+def _download(hub_id: str, cache: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, cache_dir=cache, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{hub_id}: there is no such directory, and it cannot be downloaded from the hub: {error}",
+            hint="check the id and the network, or give the path of a model directory or GGUF file",
+        ) from error
