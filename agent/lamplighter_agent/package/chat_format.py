@@ -162,7 +162,7 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
             expected = "assistant" if index % 2 else "user"
             if turn.role != expected:
                 raise RequestError(
-                    f"message {start + index} is of {turn.role!r}, but this model's chat format needs {expected!r} here",
+                    f"message {start + index} is of {turn.role!r}, but the chat format needs {expected!r} here",
                     param="messages",
                     hint="after an optional system message, user and assistant must alternate",
                 )
