@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.precision import PrecisionName
 from lamplighter_builder.progress import SilentProgress
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
@@ -83,7 +84,7 @@ def write_tiny_checkpoint(directory: Path, shape: TinyShape | None = None, *, ch
         pad_token_id=0,
     )
     torch.manual_seed(shape.seed)
-    model = LlamaForCausalLM(config).float()
+    model = LlamaForCausalLM(config)
     with torch.no_grad():
         # transformers starts biases at zero and norms at one, which would hide that they are mixed up.
         for name, parameter in model.named_parameters():
@@ -92,7 +93,7 @@ def write_tiny_checkpoint(directory: Path, shape: TinyShape | None = None, *, ch
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(directory)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     fast.chat_template = chat_template
