@@ -7,6 +7,7 @@ bytes, which are stored and signed as they came; an unknown major version of the
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -283,6 +284,32 @@ def decode_manifest(data: bytes, *, origin: str = MANIFEST_NAME) -> Manifest:
     except ManifestError as error:
         raise ManifestError(f"{origin}: {error.message}", hint=error.hint) from error
     return manifest
+
+
+def read_manifest_bytes(package: Path) -> bytes:
+    """Return the bytes of a package directory's manifest, unchecked but for their number.
+
+    Raises:
+        ManifestError: If it cannot be read or is too large; the message names the path.
+    """
+    path = package / MANIFEST_NAME
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read: {error.strerror}", hint="name a package directory") from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise ManifestError(f"{path}: larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
+    return data
+
+
+def read_manifest(package: Path) -> Manifest:
+    """Read and check the manifest of a package directory.
+
+    Raises:
+        ManifestError: If it cannot be read or breaks a rule; the message names the path.
+    """
+    return decode_manifest(read_manifest_bytes(package), origin=str(package / MANIFEST_NAME))
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
