@@ -149,7 +149,7 @@ def physical_cores() -> int:
     physical = psutil.cpu_count(logical=False) or logical
     total = psutil.cpu_count(logical=True) or logical
     siblings = max(total // physical, 1)
-    return max(1, min(-(-logical // siblings), _quota_cores(Path("/")) or logical))
+    return max(1, min(-(-logical // siblings), quota_cores(Path("/")) or logical))
 
 
 def _kv_bytes_per_token(manifest: Manifest) -> int:
@@ -213,7 +213,7 @@ def _directories(base: Path, path: str) -> list[Path]:
     return [directory for directory in candidates if directory.is_dir()]
 
 
-def _quota_cores(root: Path) -> int | None:
+def quota_cores(root: Path) -> int | None:
     """Return the whole cores that the tightest CPU quota allows, at least 1; None without a quota."""
     quotas = []
     for controllers, path in _cgroup_paths(root):

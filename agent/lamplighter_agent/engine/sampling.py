@@ -118,8 +118,10 @@ def log_probability(logits: Logits, token_id: int, top: int) -> TokenLogprob:
     highest = float(logits.max())
     log_total = highest + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
     best = top_candidates(logits, top) if top else Candidates(np.empty(0, np.int64), np.empty(0, np.float32))
-    alternatives = zip(best.ids.tolist(), (best.logits - log_total).tolist(), strict=True)
-    return TokenLogprob(token_id, float(logits[token_id]) - log_total, tuple(alternatives))
+    alternatives = tuple(
+        (other, value - log_total) for other, value in zip(best.ids.tolist(), best.logits.tolist(), strict=True)
+    )
+    return TokenLogprob(token_id, float(logits[token_id]) - log_total, alternatives)
 
 
 class Sampler:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import msgspec
 from tokenizers import Tokenizer
 
 from lamplighter_agent.errors import IncompatiblePackageError, PackageError
 from lamplighter_agent.package.chat_format import Segment
 
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class _TokenizerFile(msgspec.Struct):
+    """The one field of ``tokenizer.json`` read here; vocabulary and merges are skipped, not built as objects."""
+
+    decoder: Any = None
 
 
 class PackageTokenizer:
@@ -49,15 +55,15 @@ class PackageTokenizer:
             IncompatiblePackageError: If this version of ``tokenizers`` does not understand it.
         """
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            data = path.read_bytes()
+            decoder = msgspec.json.decode(data, type=_TokenizerFile).decoder
+        except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise PackageError(f"{path}: cannot read the tokenizer: {error}") from error
         try:
-            byte_fallback = _uses_byte_fallback(json.loads(text).get("decoder"))
-            tokenizer = Tokenizer.from_str(text)
+            tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exception for whatever it does not understand
             raise IncompatiblePackageError(f"{path}: not a tokenizer that this agent understands: {error}") from error
-        return cls(tokenizer, byte_fallback=byte_fallback)
+        return cls(tokenizer, byte_fallback=_uses_byte_fallback(decoder))
 
     @property
     def vocab_size(self) -> int:

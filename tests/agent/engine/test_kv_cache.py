@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+
+SPEC = CacheSpec(layers=2, heads=3, head_dim=4)
+
+
+def filled(slots: int = 3, capacity: int = 10) -> KVCache:
+    """Return a cache whose slot n holds n + 2 tokens of the value 100 * slot + position."""
+    cache = KVCache(SPEC, slots=slots, capacity=capacity)
+    for slot in range(slots):
+        for buffer in cache.buffers:
+            buffer[slot, :, : slot + 2] = (100 * slot + np.arange(slot + 2)).reshape(1, -1, 1)
+        cache.advance(slot, slot + 2)
+    return cache
+
+
+def tokens(cache: KVCache, slot: int) -> list[float]:
+    """Return the values of a slot's tokens, which must agree in all layers and heads."""
+    rows = np.stack([buffer[slot, :, : cache.offset(slot)] for buffer in cache.buffers])
+    assert (rows == rows[:1, :1, :, :1]).all()
+    values: list[float] = rows[0, 0, :, 0].tolist()
+    return values
+
+
+def test_buffers_have_the_layout_of_the_graph() -> None:
+    cache = KVCache(SPEC, slots=3, capacity=10)
+    assert [buffer.shape for buffer in cache.buffers] == [(3, 3, 10, 4)] * 4
+    assert all(buffer[1:2].flags.c_contiguous and buffer[:2].flags.c_contiguous for buffer in cache.buffers)
+    assert all(not buffer.any() for buffer in cache.buffers)
+
+
+def test_offset_and_bytes_follow_the_tokens() -> None:
+    cache = filled()
+    assert [cache.offset(slot) for slot in range(3)] == [2, 3, 4]
+    assert cache.nbytes == 9 * SPEC.bytes_per_token == 9 * 2 * 2 * 3 * 4 * 4
+
+
+def test_a_slot_cannot_hold_more_than_its_capacity() -> None:
+    cache = filled(capacity=6)
+    cache.advance(0, 4)
+    with pytest.raises(ValueError, match=r"slot 0: 6 \+ 1 tokens exceed capacity 6"):
+        cache.advance(0, 1)
+    assert cache.offset(0) == 6
+
+
+def test_trim_forgets_the_last_tokens() -> None:
+    cache = filled()
+    assert cache.trim(2, 3) == 3
+    assert tokens(cache, 2) == [200.0]
+    assert cache.trim(2, 5) == 1
+    assert cache.offset(2) == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 2), (2, 0), (1, 1)])
+def test_swap_exchanges_contents_and_offsets(first: int, second: int) -> None:
+    cache = filled()
+    before = {slot: tokens(cache, slot) for slot in range(3)}
+    cache.swap(first, second)
+    after = {slot: tokens(cache, slot) for slot in range(3)}
+    assert after == before | {first: before[second], second: before[first]}
+
+
+def test_swap_with_an_empty_slot_moves() -> None:
+    cache = filled()
+    cache.trim(0, 10)
+    cache.swap(0, 2)
+    assert (cache.offset(0), cache.offset(2)) == (4, 0)
+    assert tokens(cache, 0) == [200.0, 201.0, 202.0, 203.0]
+
+
+def test_release_gives_memory_back_and_leaves_the_neighbours() -> None:
+    # 1.5 MiB a slot and buffer, so that whole pages lie inside the middle slot.
+    cache = KVCache(CacheSpec(layers=1, heads=3, head_dim=64), slots=3, capacity=2048)
+    for buffer in cache.buffers:
+        buffer[:] = 1.0
+    for slot in range(3):
+        cache.advance(slot, 2048)
+    held = _resident_bytes()
+    cache.release(1)
+    assert held - _resident_bytes() > 2 * 1024 * 1024
+    assert cache.offset(1) == 0
+    for buffer in cache.buffers:
+        assert buffer[0].all()
+        assert buffer[2].all()
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as stream:  # noqa: PTH123
+        return int(stream.read().split()[1]) * 4096
+
+
+def test_reserving_a_large_capacity_commits_nothing() -> None:
+    before = _resident_bytes()
+    cache = KVCache(CacheSpec(layers=4, heads=8, head_dim=128), slots=8, capacity=16384)
+    assert sum(buffer.nbytes for buffer in cache.buffers) == 4 * 1024**3
+    assert _resident_bytes() - before < 16 * 1024 * 1024

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import math
+
+import msgspec
+import pytest
+
+from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.errors import ConfigError, RequestError
+from lamplighter_agent.package.manifest import GenerationDefaults
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("temperature", 101.0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", 1.0),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", {3: 101.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", dict.fromkeys(range(1025), 1.0)),
+        ("stop", ("",)),
+        ("stop", ("x" * 1025,)),
+        ("stop", ("x",) * 17),
+        ("stop_token_ids", (-1,)),
+        ("seed", -1),
+        ("seed", 2**63),
+        ("logprobs", 21),
+        ("deadline_s", math.inf),
+    ],
+)
+def test_an_option_out_of_range_is_refused_by_name(param: str, value: object) -> None:
+    params = msgspec.structs.replace(GenerationParams(), **{param: value})
+    with pytest.raises(RequestError, match=param.split("_")[0]) as caught:
+        params.validate()
+    assert caught.value.param == param
+
+
+def test_min_tokens_beyond_max_tokens_are_contradictory() -> None:
+    with pytest.raises(RequestError, match="min_tokens 5 is larger than max_tokens 4") as caught:
+        GenerationParams(min_tokens=5, max_tokens=4).validate()
+    assert caught.value.param == "min_tokens"
+
+
+def test_limits_themselves_are_accepted() -> None:
+    GenerationParams(
+        max_tokens=1, temperature=0, top_k=0, top_p=1.0, min_p=0.0, seed=2**63 - 1, logprobs=20, stop=("x" * 1024,) * 16
+    ).validate()
+
+
+@pytest.mark.parametrize("params", [GenerationParams(stop_token_ids=(9,)), GenerationParams(logit_bias={9: 1.0})])
+def test_token_ids_must_be_in_the_vocabulary(params: GenerationParams) -> None:
+    params.check_vocabulary(10)
+    with pytest.raises(RequestError, match="token 9, but the vocabulary has 9 tokens"):
+        params.check_vocabulary(9)
+
+
+def test_the_package_fills_what_the_request_leaves_open() -> None:
+    defaults = GenerationDefaults(eos_token_ids=(0,), do_sample=True, temperature=0.6, top_k=20, top_p=0.9)
+    params = GenerationParams(top_k=5).with_defaults(defaults)
+    assert (params.temperature, params.top_k, params.top_p, params.repetition_penalty) == (0.6, 5, 0.9, 1.0)
+
+
+def test_a_package_that_does_not_sample_is_greedy() -> None:
+    assert GenerationParams().with_defaults(GenerationDefaults(eos_token_ids=(0,), temperature=0.6)).temperature == 0.0
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(msgspec.ValidationError, match="temprature"):
+        msgspec.json.decode(b'{"temprature": 1.0}', type=GenerationParams)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("memory_budget_bytes", 0),
+        ("max_context_tokens", 15),
+        ("slots", 65),
+        ("threads", 0),
+        ("prefill_chunk_tokens", 0),
+    ],
+)
+def test_an_engine_option_out_of_range_is_refused_by_name(option: str, value: int) -> None:
+    options = msgspec.structs.replace(EngineOptions(), **{option: value})
+    with pytest.raises(ConfigError, match=f"{option} is {value}"):
+        options.validate()

@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta
+from lamplighter_agent.engine.memory import MemoryPlan
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.scheduler import Scheduler
+from lamplighter_agent.errors import ContextOverflowError, RequestError
+from support.toy_engine import DEFAULTS, VOCAB_SIZE, ChecksumRunner, byte_level_tokenizer, memory_plan
+
+TOKENIZER = byte_level_tokenizer()
+GREEDY = GenerationParams(max_tokens=6, temperature=0.0)
+SEEDED = GenerationParams(max_tokens=6, temperature=1.0, seed=5)
+
+
+class World:
+    """A scheduler on a checksum runner, with a clock that the test moves and all events in one list."""
+
+    def __init__(self, plan: MemoryPlan | None = None, *, max_queued: int = 64) -> None:
+        plan = memory_plan() if plan is None else plan
+        self.now = 100.0
+        self.runner = ChecksumRunner(plan)
+        self.scheduler = Scheduler(
+            self.runner,
+            TOKENIZER,
+            defaults=DEFAULTS,
+            plan=plan,
+            vocab_size=VOCAB_SIZE,
+            max_queued_requests=max_queued,
+            clock=lambda: self.now,
+        )
+        self.events: list[Event] = []
+
+    def submit(self, request_id: str, prompt: list[int], params: GenerationParams = GREEDY) -> None:
+        self.scheduler.submit(request_id, prompt, params)
+
+    def step(self) -> list[Event]:
+        events = self.scheduler.step()
+        self.events += events
+        return events
+
+    def drain(self) -> None:
+        for _ in range(2000):
+            if self.scheduler.idle:
+                return
+            self.step()
+        raise AssertionError("the scheduler does not become idle")
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [
+            token
+            for event in self.events
+            if isinstance(event, TextDelta) and event.request_id == request_id
+            for token in event.token_ids
+        ]
+
+    def finished(self, request_id: str) -> Finished:
+        (event,) = (
+            event for event in self.events if not isinstance(event, TextDelta) and event.request_id == request_id
+        )
+        assert isinstance(event, Finished)
+        return event
+
+
+def alone(prompt: list[int], params: GenerationParams) -> tuple[list[int], str]:
+    """Return the tokens and the finish reason of a request that has the engine to itself."""
+    world = World()
+    world.submit("only", prompt, params)
+    world.drain()
+    return world.tokens("only"), world.finished("only").finish_reason
+
+
+def test_a_request_runs_to_its_length() -> None:
+    world = World()
+    world.submit("a", [1, 2, 3])
+    world.drain()
+    end = world.finished("a")
+    assert (end.finish_reason, end.usage.prompt_tokens, end.usage.generated_tokens) == ("length", 3, 6)
+    deltas = [event for event in world.events if isinstance(event, TextDelta)]
+    text = "".join(delta.text for delta in deltas) + end.text_tail
+    assert text == TOKENIZER.decode(world.tokens("a"))
+    assert world.scheduler.idle
+    assert world.runner.cache.nbytes == 0
+
+
+def test_a_prompt_in_chunks_gives_the_same_tokens() -> None:
+    prompt = list(range(1, 38))
+    results = []
+    for chunk in (1, 5, 8, 64):
+        world = World(memory_plan(chunk=chunk))
+        world.submit("a", prompt)
+        world.drain()
+        results.append(world.tokens("a"))
+        assert max(world.runner.prefills) <= chunk
+    assert all(result == results[0] for result in results)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_schedule_gives_each_request_what_it_gets_alone(data: st.DataObject) -> None:
+    world = World(memory_plan(slots=3, context=48, kv_tokens=100, chunk=4))
+    wanted: dict[str, tuple[list[int], GenerationParams]] = {}
+    cancelled: set[str] = set()
+    for number in range(data.draw(st.integers(1, 8), "requests")):
+        prompt = data.draw(st.lists(st.integers(1, 255), min_size=1, max_size=20), "prompt")
+        params = GenerationParams(
+            max_tokens=data.draw(st.integers(1, 12), "max_tokens"),
+            temperature=data.draw(st.sampled_from([0.0, 1.0]), "temperature"),
+            seed=number,
+        )
+        wanted[f"r{number}"] = (prompt, params)
+        world.submit(f"r{number}", prompt, params)
+        for _ in range(data.draw(st.integers(0, 6), "steps")):
+            world.step()
+        if data.draw(st.booleans(), "cancel"):
+            victim = data.draw(st.sampled_from(sorted(wanted)), "victim")
+            cancelled.add(victim)
+            world.scheduler.cancel(victim)
+    world.drain()
+    for request_id, (prompt, params) in wanted.items():
+        expected, reason = alone(prompt, params)
+        got = world.finished(request_id)
+        if got.finish_reason == "cancelled":
+            assert request_id in cancelled
+            assert world.tokens(request_id) == expected[: len(world.tokens(request_id))]
+        else:
+            assert (world.tokens(request_id), got.finish_reason) == (expected, reason)
+    assert world.runner.cache.nbytes == 0
+
+
+def test_requests_decode_together() -> None:
+    world = World()
+    for number in range(4):
+        world.submit(f"r{number}", [number + 1])
+    world.drain()
+    assert max(world.runner.batches) == 4
+    assert len(world.runner.batches) < 4 * 6
+
+
+def test_a_long_prompt_delays_the_others_by_one_chunk_a_token() -> None:
+    world = World()
+    world.submit("short", [1], GenerationParams(max_tokens=5, temperature=0.0))
+    world.step()
+    world.submit("long", list(range(1, 41)))
+    for expected in range(3, 6):
+        world.step()
+        assert len(world.tokens("short")) == expected
+        assert len(world.runner.prefills) == expected - 1
+
+
+def test_a_short_prompt_overtakes_a_long_one() -> None:
+    world = World(memory_plan(chunk=4))
+    world.submit("long", list(range(1, 41)))
+    world.submit("short", [1, 2])
+    for _ in range(2):
+        world.step()
+    assert world.tokens("short")
+    assert not world.tokens("long")
+    world.drain()
+    assert world.tokens("long") == alone(list(range(1, 41)), GREEDY)[0]
+
+
+def test_cancel_in_decode_frees_the_slot_at_once() -> None:
+    world = World(memory_plan(slots=1))
+    world.submit("a", [1, 2])
+    world.step()
+    world.submit("b", [3])
+    world.scheduler.cancel("a")
+    assert world.scheduler.running == 0
+    events = world.step()
+    assert isinstance(events[0], Finished)
+    assert (events[0].request_id, events[0].finish_reason) == ("a", "cancelled")
+    assert any(isinstance(event, TextDelta) and event.request_id == "b" for event in events)
+
+
+def test_cancel_in_prefill_frees_the_slot_at_once() -> None:
+    world = World(memory_plan(slots=1, chunk=4))
+    world.submit("a", list(range(1, 30)))
+    world.step()
+    world.scheduler.cancel("a")
+    assert world.scheduler.running == 0
+    assert world.runner.cache.nbytes == 0
+    world.drain()
+    assert world.finished("a").usage.generated_tokens == 0
+
+
+def test_cancel_while_waiting_leaves_the_queue() -> None:
+    world = World(memory_plan(slots=1))
+    world.submit("a", [1])
+    world.submit("b", [2])
+    world.step()
+    world.scheduler.cancel("b")
+    assert world.scheduler.waiting == 0
+    world.drain()
+    assert world.finished("b").finish_reason == "cancelled"
+    assert world.finished("a").finish_reason == "length"
+
+
+def test_cancelling_what_is_unknown_does_nothing() -> None:
+    world = World()
+    world.scheduler.cancel("never seen")
+    assert world.scheduler.idle
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["waiting", "running"])
+def test_a_deadline_ends_a_request(steps: int) -> None:
+    world = World(memory_plan(slots=1))
+    world.submit("first", [9], GenerationParams(max_tokens=3, temperature=0.0))
+    world.submit("late", [1], msgspec.structs.replace(GREEDY, deadline_s=105.0))
+    for _ in range(3 * steps + steps):
+        world.step()
+    world.now = 105.0
+    world.step()
+    assert world.finished("late").finish_reason == "deadline"
+
+
+def test_a_stop_token_ends_the_text_and_is_not_part_of_it() -> None:
+    expected, _ = alone([1, 2, 3], GREEDY)
+    world = World()
+    world.submit("a", [1, 2, 3], msgspec.structs.replace(GREEDY, stop_token_ids=(expected[3],)))
+    world.drain()
+    end = world.finished("a")
+    assert (end.finish_reason, end.usage.generated_tokens) == ("stop", 4)
+    assert world.tokens("a") == expected[:3]
+
+
+def test_the_packages_end_of_text_stops_unless_ignored() -> None:
+    bias = msgspec.structs.replace(GREEDY, logit_bias={0: 50.0})
+    assert alone([1], bias) == ([], "stop")
+    assert alone([1], msgspec.structs.replace(bias, ignore_eos=True)) == ([0] * 6, "length")
+
+
+def test_a_stop_string_across_tokens_is_cut_out() -> None:
+    text = TOKENIZER.encode("ab", special=False)
+    world = World()
+    # Both letters are forced: the model then repeats "a" and "b" in an order of its own.
+    bias = dict.fromkeys(text, 50.0)
+    params = GenerationParams(max_tokens=40, temperature=0.0, logit_bias=bias)
+    whole = TOKENIZER.decode(alone([1, 2], params)[0])
+    stop = whole[3:5]
+    world.submit("a", [1, 2], msgspec.structs.replace(params, stop=(stop,)))
+    world.drain()
+    deltas = [event.text for event in world.events if isinstance(event, TextDelta)]
+    end = world.finished("a")
+    assert end.finish_reason == "stop"
+    assert "".join(deltas) + end.text_tail == whole[: whole.index(stop)]
+
+
+def test_min_tokens_puts_a_stop_string_off() -> None:
+    bias = {TOKENIZER.encode("a", special=False)[0]: 50.0}
+    params = GenerationParams(max_tokens=9, temperature=0.0, logit_bias=bias, stop=("a",), min_tokens=4)
+    world = World()
+    world.submit("a", [1], params)
+    world.drain()
+    assert world.finished("a").usage.generated_tokens == 4
+
+
+def test_log_probabilities_come_with_their_tokens() -> None:
+    world = World()
+    world.submit("a", [1], msgspec.structs.replace(GREEDY, logprobs=2))
+    world.drain()
+    deltas = [event for event in world.events if isinstance(event, TextDelta)]
+    for delta in deltas:
+        assert delta.logprobs is not None
+        (report,) = delta.logprobs
+        assert (report.token_id,) == delta.token_ids
+        assert report.top[0] == (report.token_id, report.logprob)
+
+
+def test_the_same_seed_gives_the_same_text_and_no_seed_varies() -> None:
+    prompt = [3, 4]
+    flat = msgspec.structs.replace(SEEDED, temperature=100.0, max_tokens=12)
+    assert alone(prompt, flat) == alone(prompt, flat)
+    unseeded = msgspec.structs.replace(flat, seed=None)
+    assert alone(prompt, unseeded) != alone(prompt, unseeded)
+
+
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
+    world = World(memory_plan(context=16))
+    with pytest.raises(ContextOverflowError, match="16 tokens, but the context on this machine is 16") as caught:
+        world.submit("a", [1] * 16)
+    assert caught.value.code == 413
+    assert world.scheduler.idle
+
+
+def test_generation_ends_where_the_context_does() -> None:
+    world = World(memory_plan(context=16))
+    world.submit("a", [1] * 10, GenerationParams(max_tokens=100, temperature=0.0))
+    world.submit("b", [1] * 10, GenerationParams(temperature=0.0))
+    world.drain()
+    for request_id in ("a", "b"):
+        end = world.finished(request_id)
+        assert (end.finish_reason, end.usage.generated_tokens) == ("length", 6)
+
+
+def test_no_more_requests_run_than_the_cache_can_hold() -> None:
+    world = World(memory_plan(slots=4, context=32, kv_tokens=40))
+    for number in range(4):
+        world.submit(f"r{number}", [number + 1] * 10, GenerationParams(max_tokens=10, temperature=0.0))
+    most = 0
+    while not world.scheduler.idle:
+        world.step()
+        most = max(most, world.scheduler.running)
+        assert world.runner.cache.nbytes <= 40 * world.runner.cache.spec.bytes_per_token
+    assert most == 2
+    assert all(world.finished(f"r{number}").finish_reason == "length" for number in range(4))
+
+
+def test_an_open_request_ends_when_the_plan_has_no_room_left() -> None:
+    world = World(memory_plan(slots=2, context=600, kv_tokens=620))
+    world.submit("open", [1], GenerationParams(temperature=0.0))
+    world.submit("fixed", [2], GenerationParams(max_tokens=350, temperature=0.0))
+    world.drain()
+    # One prompt token and a block of 256, then the 12 that the other one leaves.
+    assert world.finished("open").usage.generated_tokens == 620 - 351
+    assert world.finished("fixed").usage.generated_tokens == 350
+
+
+def test_a_full_queue_refuses_with_a_hint_when_to_retry() -> None:
+    world = World(max_queued=2)
+    for number in range(2):
+        world.submit(f"r{number}", [1])
+    with pytest.raises(RequestError, match="2 requests are already waiting") as caught:
+        world.submit("one too many", [1])
+    assert caught.value.code == 429
+    assert caught.value.retry_after_s is not None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], GREEDY, "the prompt is empty"),
+        ([VOCAB_SIZE], GREEDY, "outside the vocabulary of 256"),
+        ([-1], GREEDY, "outside the vocabulary of 256"),
+        ([1], GenerationParams(top_p=2.0), "top_p is 2.0"),
+        ([1], GenerationParams(stop_token_ids=(VOCAB_SIZE,)), "stop_token_ids names token 256"),
+    ],
+)
+def test_a_bad_request_is_refused_at_submission(prompt: list[int], params: GenerationParams, message: str) -> None:
+    world = World()
+    with pytest.raises(RequestError, match=message):
+        world.submit("a", prompt, params)
+    assert world.scheduler.idle
+
+
+def test_an_id_in_use_is_refused() -> None:
+    world = World()
+    world.submit("a", [1])
+    with pytest.raises(RequestError, match="already being served") as caught:
+        world.submit("a", [1])
+    assert caught.value.code == 409
+
+
+def test_a_failing_prefill_fails_its_request_alone() -> None:
+    world = World()
+    world.runner.fail_prefill = 77
+    world.submit("good", [1, 2])
+    world.submit("bad", [5, 77])
+    world.drain()
+    failed = [event for event in world.events if isinstance(event, Failed)]
+    assert [(event.request_id, event.reason) for event in failed] == [("bad", "engine")]
+    assert world.tokens("good") == alone([1, 2], GREEDY)[0]
+    assert world.runner.cache.nbytes == 0
+
+
+def test_a_failing_decode_step_fails_the_requests_in_it() -> None:
+    world = World()
+    world.submit("a", [1])
+    world.submit("b", [2])
+    world.step()
+    world.step()
+    world.runner.fail_decode = True
+    events = world.step()
+    assert {event.request_id for event in events if isinstance(event, Failed)} == {"a", "b"}
+    assert world.scheduler.idle
+    assert world.runner.cache.nbytes == 0
+
+
+def test_timings_tell_queue_prefill_and_decode_apart() -> None:
+    world = World(memory_plan(slots=1, chunk=4))
+    world.submit("first", [1], GenerationParams(max_tokens=1, temperature=0.0))
+    world.submit("a", [1] * 8, GenerationParams(max_tokens=3, temperature=0.0))
+    while not world.scheduler.idle:
+        world.step()
+        world.now += 2.0
+    timings = world.finished("a").timings
+    assert (timings.queue_s, timings.prefill_s, timings.first_token_s) == (2.0, 2.0, 4.0)
+    assert timings.prompt_tokens_per_s == 4.0
+    assert timings.decode_s == 2.0
+    assert timings.generated_tokens_per_s == 1.0
