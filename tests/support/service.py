@@ -6,13 +6,17 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
-from lamplighter_agent.config import AgentConfig
+from lamplighter_agent.config import AgentConfig, LocalApiConfig, RequestsConfig
 from lamplighter_agent.errors import RequestError
 from lamplighter_agent.service.admission import RequestQueue
+from lamplighter_agent.service.local_api import Facts, LocalApi
 from lamplighter_agent.service.messages import CommandMessage, DesiredMessage
 from lamplighter_agent.service.mqtt_service import Actions, MqttService
+from lamplighter_agent.service.runner import PackageRunner
+from lamplighter_agent.service.telemetry import Sampler
 from lamplighter_agent.service.worker import EngineWorker, WorkerSpec
 
 _T = TypeVar("_T")
@@ -78,6 +82,59 @@ class MqttBox:
         await self.service.finish_answers(1.0)
         await self.service.stop()
         await self.worker.stop(0.0)
+
+
+class ApiBox:
+    """The local API with a worker, without the rest of the agent."""
+
+    def __init__(self, config: LocalApiConfig, spec: WorkerSpec | None, queue_size: int = 2) -> None:
+        self.thread = LoopThread()
+        self.path = config.socket
+        try:
+            self.thread.run(self._start(config, spec, queue_size))
+        except BaseException:
+            self.thread.close()
+            raise
+
+    async def _start(self, config: LocalApiConfig, spec: WorkerSpec | None, queue_size: int) -> None:
+        agent = AgentConfig(requests=RequestsConfig(queue_size=queue_size), state_dir=Path.cwd())
+        self.requests = RequestQueue(agent.requests)
+        base = spec or WorkerSpec(package=Path())
+        self.runner = PackageRunner(base, self.requests, lambda: None)
+        sampler = Sampler(agent, 1, self.requests, self.runner, lambda: "idle")
+        facts = Facts(sampler.sample, lambda: self.runner.package, lambda: self.runner.state == "ready")
+        self.api = LocalApi(config, self.requests, facts)
+        await self.api.start()
+        if spec is not None:
+            await self.runner.switch(spec.package)
+
+    def wait_until_idle(self) -> None:
+        """Wait until nothing waits and nothing is being answered."""
+        self.thread.run(self._wait_until_idle())
+
+    async def _wait_until_idle(self) -> None:
+        async with asyncio.timeout(10):
+            while self.requests.active or self.requests.depth:  # noqa: ASYNC110 (the queue has no event for it)
+                await asyncio.sleep(0.005)
+
+    def close(self) -> None:
+        self.thread.run(self._stop())
+        self.thread.close()
+
+    async def _stop(self) -> None:
+        await self.requests.drain(1.0)
+        await self.api.stop()
+        await self.runner.stop(0.0)
+
+
+@contextmanager
+def running_api(config: LocalApiConfig, spec: WorkerSpec | None, queue_size: int = 2) -> Iterator[ApiBox]:
+    """An API that is stopped at the end."""
+    box = ApiBox(config, spec, queue_size)
+    try:
+        yield box
+    finally:
+        box.close()
 
 
 @contextmanager

@@ -121,6 +121,11 @@ class MqttService:
         handlers = MqttHandlers(self._will, self._on_connected, self._on_disconnected, self._on_message)
         self.connection = MqttConnection(config.mqtt, f"lamplighter-{config.device.id}", subscriptions, handlers)
 
+    @property
+    def is_connected(self) -> bool:
+        """True while messages can leave the device."""
+        return self.connection.connected
+
     def start(self) -> None:
         """Begin to connect."""
         self._spawn(self._run_commands(), "mqtt-commands")

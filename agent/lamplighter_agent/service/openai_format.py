@@ -1,0 +1,352 @@
+"""OpenAI's requests and answers: bytes to a typed request and back, no IO.
+
+Fields that OpenAI defines and that mean nothing on one box (``user``, ``metadata``, …) are accepted and ignored. Fields
+that change what the answer is and that this agent does not have (``tools``, ``n`` above 1, …) are refused by name, as
+is every field that OpenAI does not define, except the engine's own sampling options, which are taken as extensions.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Annotated, Final, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from lamplighter_agent.engine.events import FinishReason, Usage
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.errors import LamplighterError, RequestError
+from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.service.messages import error_reply
+from lamplighter_agent.service.worker_messages import Prompt
+
+_UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
+_AT_PATH = re.compile(r"at `\$\.?(.*?)`")
+_FINISH: Final[dict[FinishReason, str]] = {
+    "stop": "stop",
+    "length": "length",
+    "deadline": "length",
+    "cancelled": "stop",
+    "error": "stop",
+}
+
+JsonObject = dict[str, object]
+_T = TypeVar("_T")
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a message; only text is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class ApiMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of a conversation."""
+
+    role: str
+    content: str | tuple[ContentPart, ...] | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """The kind of text that is wanted."""
+
+    type: str = "text"
+
+
+class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of request have; ``user``, ``metadata`` and ``store`` have no effect here."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: str | tuple[str, ...] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    user: str | None = None
+    metadata: JsonObject | None = None
+    store: bool | None = None
+    # Extensions: the engine's own options.
+    top_k: int | None = None
+    min_p: float | None = None
+    min_tokens: int | None = None
+    repetition_penalty: float | None = None
+    stop_token_ids: tuple[int, ...] | None = None
+    ignore_eos: bool | None = None
+    deadline_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
+
+    @property
+    def streams(self) -> bool:
+        """True if the answer is to be sent as server-sent events."""
+        return bool(self.stream)
+
+    @property
+    def includes_usage(self) -> bool:
+        """True if the stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def params(self, max_tokens: int | None) -> GenerationParams:
+        """Return the generation options.
+
+        Raises:
+            RequestError: If one is out of range or not supported.
+        """
+        if self.n not in {None, 1}:
+            raise RequestError(f"n is {self.n}, but this box gives one answer a request", param="n")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        params = GenerationParams(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=_logit_bias(self.logit_bias),
+            stop=stop,
+            stop_token_ids=self.stop_token_ids or (),
+            ignore_eos=bool(self.ignore_eos),
+            seed=self.seed,
+        )
+        params.validate()
+        return params
+
+
+class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``/v1/chat/completions``."""
+
+    messages: tuple[ApiMessage, ...]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: tuple[JsonObject, ...] | None = None
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
+    functions: tuple[JsonObject, ...] | None = None
+    modalities: tuple[str, ...] | None = None
+    reasoning_effort: str | None = None
+    service_tier: str | None = None
+
+    def to_prompt(self) -> Prompt:
+        """Return the conversation.
+
+        Raises:
+            RequestError: If it asks for something that this box does not have.
+        """
+        if self.tools or self.functions:
+            raise RequestError("tools are not supported", param="tools" if self.tools else "functions")
+        if self.logprobs or self.top_logprobs:
+            raise RequestError("logprobs are not supported", param="logprobs")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise RequestError(
+                f"response_format {self.response_format.type!r} is not supported", param="response_format"
+            )
+        if self.modalities and set(self.modalities) != {"text"}:
+            raise RequestError("the only modality is 'text'", param="modalities")
+        return Prompt(messages=tuple(_message(message) for message in self.messages))
+
+    def to_params(self) -> GenerationParams:
+        """Return the generation options; ``max_completion_tokens`` is the newer name of ``max_tokens``.
+
+        Raises:
+            RequestError: If one is out of range.
+        """
+        newer = self.max_completion_tokens
+        return self.params(self.max_tokens if newer is None else newer)
+
+
+class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``/v1/completions``: text, or token ids, to continue as they are."""
+
+    prompt: str | tuple[str | int, ...]
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+
+    def to_prompt(self) -> Prompt:
+        """Return the text or the tokens.
+
+        Raises:
+            RequestError: If it asks for something that this box does not have.
+        """
+        unsupported = {"echo": self.echo, "suffix": self.suffix, "logprobs": self.logprobs}
+        for name, value in unsupported.items():
+            if value:
+                raise RequestError(f"{name} is not supported", param=name)
+        if self.best_of not in {None, 1}:
+            raise RequestError("best_of is not supported", param="best_of")
+        if isinstance(self.prompt, str):
+            return Prompt(text=self.prompt, raw=True)
+        texts = [item for item in self.prompt if isinstance(item, str)]
+        if len(texts) == len(self.prompt) == 1:
+            return Prompt(text=texts[0], raw=True)
+        if texts or not self.prompt:
+            raise RequestError("prompt must be one text or the token ids of one", param="prompt")
+        return Prompt(tokens=tuple(item for item in self.prompt if isinstance(item, int)))
+
+    def to_params(self) -> GenerationParams:
+        """Return the generation options.
+
+        Raises:
+            RequestError: If one is out of range.
+        """
+        return self.params(self.max_tokens)
+
+
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``/tokenize``: a text, or a conversation as the chat format renders it."""
+
+    prompt: str | None = None
+    messages: tuple[ApiMessage, ...] | None = None
+    model: str | None = None
+
+    def to_prompt(self) -> Prompt:
+        """Return what to tokenize.
+
+        Raises:
+            RequestError: If it is not exactly one of the two.
+        """
+        if (self.prompt is None) == (self.messages is None):
+            raise RequestError("give exactly one of 'prompt' and 'messages'", param="prompt")
+        if self.messages is not None:
+            return Prompt(messages=tuple(_message(message) for message in self.messages))
+        return Prompt(text=self.prompt, raw=True)
+
+
+class Answering(msgspec.Struct, frozen=True, kw_only=True):
+    """What every object of one answer repeats.
+
+    Attributes:
+        id: Name of the answer.
+        created: Unix time, whole seconds.
+        model: The package, ``name/version``.
+        chat: True for ``/v1/chat/completions``, False for ``/v1/completions``.
+    """
+
+    id: str
+    model: str
+    chat: bool
+    created: int = msgspec.field(default_factory=lambda: int(time.time()))
+
+    def whole(self, text: str, reason: FinishReason, usage: Usage) -> JsonObject:
+        """Return an answer that is not streamed."""
+        choice: JsonObject = {"index": 0, "finish_reason": _FINISH[reason], "logprobs": None}
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        return self._object("chat.completion" if self.chat else "text_completion", [choice], usage)
+
+    def first(self) -> JsonObject:
+        """Return the chunk that opens a streamed chat answer."""
+        return self._chunk({"role": "assistant", "content": ""}, "")
+
+    def piece(self, text: str) -> JsonObject:
+        """Return a chunk of text."""
+        return self._chunk({"content": text}, text)
+
+    def last(self, reason: FinishReason) -> JsonObject:
+        """Return the chunk that says why it ended."""
+        return self._chunk({}, "", _FINISH[reason])
+
+    def usage(self, usage: Usage) -> JsonObject:
+        """Return the chunk with the numbers of tokens, which comes last when asked for."""
+        return self._object("chat.completion.chunk" if self.chat else "text_completion", [], usage)
+
+    def _chunk(self, delta: JsonObject, text: str, finish_reason: str | None = None) -> JsonObject:
+        choice: JsonObject = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
+        if self.chat:
+            choice["delta"] = delta
+        else:
+            choice["text"] = text
+        return self._object("chat.completion.chunk" if self.chat else "text_completion", [choice], None)
+
+    def _object(self, kind: str, choices: list[JsonObject], usage: Usage | None) -> JsonObject:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            "usage": None if usage is None else _usage(usage),
+        }
+
+
+def decode_body(body: bytes, kind: type[_T]) -> _T:
+    """Read a request's body.
+
+    Raises:
+        RequestError: If it is not well-formed; ``param`` names the field.
+    """
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text = str(error)
+        found = _UNKNOWN_FIELD.search(text) or _AT_PATH.search(text)
+        raise RequestError(f"the body cannot be read: {text}", param=found[1] if found else None) from error
+
+
+def error_object(error: LamplighterError) -> tuple[int, JsonObject]:
+    """Return the HTTP status and the body in OpenAI's shape for an error."""
+    reply = error_reply(error, None)
+    message = f"{reply.message} ({reply.hint})" if reply.hint else reply.message
+    kinds = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
+    kind = kinds.get(reply.code, "invalid_request_error" if 400 <= reply.code < 500 else "server_error")
+    return reply.code, {"error": {"message": message, "type": kind, "param": reply.param, "code": reply.reason}}
+
+
+def _message(message: ApiMessage) -> ChatMessage:
+    content = message.content
+    if content is None:
+        raise RequestError("a message has no content", param="messages")
+    if not isinstance(content, str):
+        for part in content:
+            if part.type != "text" or part.text is None:
+                raise RequestError(
+                    f"a message has a part of type {part.type!r}; only text is understood", param="messages"
+                )
+        content = "".join(part.text or "" for part in content)
+    match message.role:
+        case "system" | "developer":
+            return ChatMessage("system", content)
+        case "user":
+            return ChatMessage("user", content)
+        case "assistant":
+            return ChatMessage("assistant", content)
+        case role:
+            raise RequestError(
+                f"a message has the role {role[:40]!r}", param="messages", hint="use system, user, assistant"
+            )
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in (bias or {}).items()}
+    except ValueError as error:
+        raise RequestError("logit_bias must map token ids to numbers", param="logit_bias") from error
+
+
+def _usage(usage: Usage) -> JsonObject:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.generated_tokens,
+        "total_tokens": usage.prompt_tokens + usage.generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

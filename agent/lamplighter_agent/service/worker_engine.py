@@ -1,0 +1,81 @@
+"""The real engine as the worker process drives it. Imported only in the child: it brings onnxruntime with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lamplighter_agent.engine.events import Event
+from lamplighter_agent.engine.generate import Engine
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.service.worker_messages import Load, Prompt
+
+
+class PackageEngine:
+    """A loaded package behind the worker's ``ServedEngine``.
+
+    Args:
+        engine: The engine, which this object closes.
+
+    Attributes:
+        package: ``name/version``.
+        slots: Requests generated at once.
+        max_context_tokens: Prompt and generated tokens of one request together.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.package = engine.manifest.reference
+        self.slots = engine.plan.slots
+        self.max_context_tokens = engine.plan.max_context_tokens
+        self._engine = engine
+
+    @property
+    def idle(self) -> bool:
+        """True when ``step`` has nothing to do."""
+        return self._engine.scheduler.idle
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's tokens; words of a user go through the chat format where the package has one.
+
+        Raises:
+            RequestError: If the messages do not suit the chat format.
+        """
+        if prompt.tokens is not None:
+            return self._engine.encode_prompt(list(prompt.tokens))
+        if prompt.messages is not None:
+            return self._engine.encode_prompt(list(prompt.messages))
+        text = prompt.text or ""
+        if prompt.raw or self._engine.manifest.chat_format is None:
+            return self._engine.encode_prompt(text)
+        return self._engine.encode_prompt([ChatMessage("user", text)])
+
+    def submit(self, request_id: str, tokens: list[int], params: GenerationParams) -> None:
+        """Accept a request.
+
+        Raises:
+            RequestError: If it cannot be served.
+        """
+        self._engine.scheduler.submit(request_id, tokens, params)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request early."""
+        self._engine.scheduler.cancel(request_id)
+
+    def step(self) -> list[Event]:
+        """Do one step's work and return what came of it."""
+        return self._engine.scheduler.step()
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._engine.close()
+
+
+def load(command: Load) -> PackageEngine:
+    """Load a package; the worker's default entry point.
+
+    Raises:
+        PackageError: If the package cannot be read or run here.
+        EngineError: If the runtime fails or memory is too small.
+    """
+    prepared_root = Path(command.prepared_root) if command.prepared_root else None
+    return PackageEngine(Engine.load(Path(command.package), options=command.options, prepared_root=prepared_root))
