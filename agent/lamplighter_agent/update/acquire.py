@@ -153,6 +153,7 @@ class _Arrived:
         self._counts: dict[str, int] = {}
 
     def count(self, sha256: str, count: int) -> None:
+        """Note that a blob has ``count`` bytes now; the first count is what an earlier attempt had left."""
         with self._lock:
             self._first.setdefault(sha256, count)
             self._counts[sha256] = count

@@ -67,12 +67,12 @@ class Attempt:
             StoreError: If the journal cannot be written.
         """
         if self.stop.is_set() and step not in _COMMITTED:
-            raise UpdateCancelledError(f"{self.desired.reference}: cancelled before {step.value}")
+            raise UpdateCancelledError(f"{self.desired}: cancelled before {step.value}")
         self.step, self.file = step, None
         report = self._make_report(step)
         self._write(report, again=False)
         self._report(report)
-        logger.info("%s: %s", self.desired.reference, step.value)
+        logger.info("%s: %s", self.desired, step.value)
 
     def progress(self, bytes_done: int, bytes_total: int) -> None:
         """Report how much of the package is here; not journalled."""
@@ -120,7 +120,7 @@ class Attempt:
             logger.warning("the end of the update is not kept: %s", failure)
         self._report(report)
         level = logging.INFO if error is None else logging.WARNING
-        logger.log(level, "%s: %s. %s", self.desired.reference, end.value, report.message or "")
+        logger.log(level, "%s: %s. %s", self.desired, end.value, report.message or "")
         return report
 
     def _make_report(self, step: UpdateState) -> UpdateReport:

@@ -1,10 +1,12 @@
-"""Whether this device can run a package, decided from the manifest before a byte of weights is fetched. Pure rules."""
+"""Whether this device can run a package, decided from the manifest before a byte of weights is fetched."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
+from lamplighter_agent import __version__
 from lamplighter_agent.errors import IncompatiblePackageError
 from lamplighter_agent.package.manifest import Manifest
 
@@ -29,6 +31,22 @@ class DeviceFacts:
     execution_providers: tuple[str, ...] = ("cpu",)
     memory_bytes: int | None = None
     operator_domains: frozenset[str] = _KNOWN_DOMAINS
+
+
+def this_device(memory_bytes: int | None = None) -> DeviceFacts:
+    """Return what is installed here, without importing the runtime.
+
+    Args:
+        memory_bytes: Most memory that an engine may use, or None to leave the question to the trial.
+
+    Raises:
+        IncompatiblePackageError: If onnxruntime is not installed.
+    """
+    try:
+        onnxruntime_version = version("onnxruntime")
+    except PackageNotFoundError as error:
+        raise IncompatiblePackageError("onnxruntime is not installed", hint="pip install onnxruntime") from error
+    return DeviceFacts(__version__, onnxruntime_version, memory_bytes=memory_bytes)
 
 
 def check_compatible(manifest: Manifest, device: DeviceFacts) -> None:
@@ -61,15 +79,15 @@ def check_compatible(manifest: Manifest, device: DeviceFacts) -> None:
         )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     """Return the leading numbers of a version without trailing zeros, so that 1.31 equals 1.31.0.
 
     Raises:
         IncompatiblePackageError: If it does not begin with a number.
     """
-    match = _LEADING_NUMBERS.match(version)
+    match = _LEADING_NUMBERS.match(text)
     if match is None:
-        raise IncompatiblePackageError(f"version {version[:40]!r} is not numbers with dots")
+        raise IncompatiblePackageError(f"version {text[:40]!r} is not numbers with dots")
     numbers = [int(part) for part in match[0].split(".")]
     while numbers and numbers[-1] == 0:
         numbers.pop()

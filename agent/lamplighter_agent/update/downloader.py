@@ -167,7 +167,7 @@ class Downloader:
                 return self._transfer_bytes(path, max_bytes)
             except DownloadError as error:
                 failures += 1
-                self._pause_or_raise(error, failures)
+                self._pause_or_raise(error, failures, path)
 
     def fetch_file(
         self, path: str, entry: FileEntry, destination: Path, progress: Callable[[int], None] = lambda _: None
@@ -208,7 +208,7 @@ class Downloader:
                         raise
                 except DownloadError as error:
                     transfer.failures = 1 if partial.verified_bytes > before else transfer.failures + 1
-                    self._pause_or_raise(error, transfer.failures)
+                    self._pause_or_raise(error, transfer.failures, path)
             partial.finish(destination)
 
     def _transfer_bytes(self, path: str, max_bytes: int) -> bytes:
@@ -265,7 +265,7 @@ class Downloader:
                 meter.excuse(delay_s)
         self._check_cancelled(path)
 
-    def _pause_or_raise(self, error: DownloadError, failures: int) -> None:
+    def _pause_or_raise(self, error: DownloadError, failures: int, path: str) -> None:
         final = isinstance(error, TooLongError) or (
             isinstance(error, HttpError) and error.status < 500 and error.status not in _TRY_AGAIN_STATUS
         )
@@ -275,6 +275,7 @@ class Downloader:
         delay_s = random.uniform(0, cap_s)  # noqa: S311 - jitter, not a secret
         logger.info("try %d failed, the next in %.1f s: %s", failures, delay_s, error)
         self._cancel.wait(delay_s)
+        self._check_cancelled(path)
 
     def _check_cancelled(self, path: str) -> None:
         if self._cancel.is_set():
@@ -365,7 +366,7 @@ def _transport_errors(url: str) -> Iterator[None]:
         hint = "for a private certificate authority set repository.ca_file; check the clock too"
         raise DownloadError(f"{url}: the TLS connection is not trusted: {error}", hint=hint) from error
     except (urllib3.exceptions.ProtocolError, requests.exceptions.ChunkedEncodingError) as error:
-        raise TruncatedDownloadError(f"{url}: the transfer broke off: {error}") from error
+        raise TruncatedDownloadError(f"{url}: the connection ended in the middle of the transfer") from error
     except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, OSError) as error:
         # RequestException is an OSError; a bad proxy or certificate file is a plain one.
         raise DownloadError(f"{url}: {error}") from error

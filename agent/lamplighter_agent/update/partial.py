@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
-from lamplighter_agent.errors import HashMismatchError, TooLongError, TruncatedDownloadError
+from lamplighter_agent.errors import HashMismatchError, StoreError, TooLongError, TruncatedDownloadError
 from lamplighter_agent.package.durable import move, remove_file, storage_errors
 from lamplighter_agent.package.manifest import FileEntry
 
@@ -44,7 +44,7 @@ class PartialFile:
         try:
             with storage_errors(f"reading {path}"):
                 self._recover()
-        except BaseException:
+        except StoreError:
             self._stream.close()
             raise
 

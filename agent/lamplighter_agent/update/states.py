@@ -118,9 +118,12 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
     policy: UpdatePolicy = UpdatePolicy()
     requested_by: Annotated[str, Meta(max_length=128)] = ""
 
+    def __str__(self) -> str:
+        return f"{self.package}/{self.version}"
+
     @property
     def reference(self) -> PackageRef:
-        """Package and version as one value.
+        """Package and version as one value, checked.
 
         Raises:
             ManifestError: If either is not allowed as a path component.

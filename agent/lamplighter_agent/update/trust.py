@@ -234,6 +234,8 @@ def _translate(error: Exception, where: str) -> Exception:
             return RollbackError(cause, hint="the repository offers older metadata than this device has seen")
         case exceptions.LengthOrHashMismatchError():
             return HashMismatchError(cause)
+        case exceptions.DownloadHTTPError(status_code=404):
+            return MissingFileError(cause)
         case exceptions.DownloadHTTPError():
             return HttpError(cause, status=error.status_code)
         case _:

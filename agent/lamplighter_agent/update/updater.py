@@ -193,13 +193,14 @@ class Updater:
             package = self._store.roll_back()
             try:
                 self._hooks.activate(package.reference)
-            except BaseException:
+            except Exception:
+                # Whatever kept the service from switching, the link must not name what it does not run.
                 if left is not None:
                     self._store.activate(left)
                 raise
             wanted = left or package.reference
             desired = Desired(package=wanted.name, version=wanted.version, id="rollback")
-            if state.record is not None and state.record.desired.reference == wanted:
+            if state.record is not None and str(state.record.desired) == str(wanted):
                 # The request that brought the package here has ended like this: told again, it must not say 'active'.
                 desired = state.record.desired
             attempt = self._begin(desired, state, journal=self._journal)
@@ -229,7 +230,7 @@ class Updater:
             return self._fail(attempt, error, known)
         except Exception as error:
             # The boundary of an update: a defect in it or in a hook must not leave the fleet waiting for its end.
-            logger.exception("the update to %s ended by a defect", attempt.desired.reference)
+            logger.exception("the update to %s ended by a defect", attempt.desired)
             return self._fail(attempt, LamplighterError(f"{type(error).__name__}: {error}"), known)
         attempt.forget_failure()
         report = attempt.finish(UpdateState.ACTIVE)
@@ -257,7 +258,8 @@ class Updater:
         self._store.activate(package.reference)
         try:
             self._hooks.activate(package.reference)
-        except BaseException:
+        except Exception:
+            # Whatever kept the service from switching, defects included, the link must not name what it does not run.
             if before != package.reference:
                 self._store.return_to(before)
             attempt.switched_back = True
