@@ -123,6 +123,19 @@ class Attempt:
         logger.log(level, "%s: %s. %s", self.desired, end.value, report.message or "")
         return report
 
+    def suspend(self) -> UpdateReport:
+        """Put the update back to its beginning, not ended: the next process goes on with it.
+
+        An orderly end of the agent is no sign against the package, so that the state is none of `RISKY_STATES`.
+        """
+        report = self._make_report(UpdateState.RECEIVED)
+        try:
+            self._write(report, again=False)
+        except StoreError as failure:
+            logger.warning("the update is not put back: %s", failure)
+        logger.info("%s: suspended in %s", self.desired, self.step.value)
+        return report
+
     def _make_report(self, step: UpdateState) -> UpdateReport:
         return UpdateReport(
             id=self.desired.id,

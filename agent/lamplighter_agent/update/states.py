@@ -172,7 +172,7 @@ class UpdateOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How an update ended.
 
     Attributes:
-        report: The last report; its state is final.
+        report: The last report; its state is final, unless the agent's own end suspended the update.
         changed: True if another package is in use than before.
     """
 

@@ -108,12 +108,21 @@ class Updater:
         self._options = options or UpdateOptions()
         self._journal = Journal(store.root / JOURNAL_NAME)
         self._stop = threading.Event()
+        self._suspended = False
 
     def cancel(self) -> None:
         """End the update at work at its next block or step; callable from any thread.
 
         From the moment on which a package is being activated it is no longer cancelled.
         """
+        self._stop.set()
+
+    def suspend(self) -> None:
+        """End the update at work like `cancel`, but without a final state: after a restart it goes on.
+
+        For the agent's own end; callable from any thread. This updater begins nothing any more.
+        """
+        self._suspended = True
         self._stop.set()
 
     def apply(self, desired: Desired) -> UpdateOutcome:
@@ -210,7 +219,8 @@ class Updater:
     def _begin(
         self, desired: Desired, state: JournalState, *, journal: Journal | None, interruptions: int = 0
     ) -> Attempt:
-        self._stop.clear()
+        if not self._suspended:
+            self._stop.clear()
         return Attempt(
             desired,
             journal=journal,
@@ -268,6 +278,8 @@ class Updater:
     def _fail(self, attempt: Attempt, error: LamplighterError, known: set[PackageRef]) -> UpdateReport:
         """End an update that did not succeed, and remove a package that it brought and that is not wanted again."""
         cancelled = isinstance(error, UpdateCancelledError)
+        if cancelled and self._suspended:
+            return attempt.suspend()
         tried = attempt.step in RISKY_STATES and not cancelled and not isinstance(error, StoreError)
         if tried:
             attempt.remember_failure(error.message)

@@ -28,7 +28,7 @@ from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
 from lamplighter_agent.update.sources import DirectorySource
 from lamplighter_agent.update.states import PackageRef, TrialLimits, UpdatePolicy, UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
-from lamplighter_agent.update.updater import JOURNAL_NAME
+from lamplighter_agent.update.updater import JOURNAL_NAME, Updater
 from lamplighter_fleet.keys import create_keys
 from lamplighter_fleet.repository import Expiry
 from support.package_server import Fault
@@ -42,6 +42,10 @@ def blob_of(world: World, version: str, name: str) -> str:
     tree = msgspec.json.decode((world.path / "built" / version / "manifest.json").read_bytes())
     digest = next(entry["sha256"] for entry in tree["files"] if entry["name"] == name)
     return f"/blobs/sha256/{digest}"
+
+
+def suspend_at(updater: Updater, at: UpdateState) -> Callable[[UpdateReport], None]:
+    return lambda report: updater.suspend() if report.state is at else None
 
 
 def check_untouched(world: World) -> None:
@@ -395,6 +399,30 @@ def test_package_being_activated_is_no_longer_cancelled(world: World) -> None:
     updater = world.updater()
     world.service.on_report = lambda r: updater.cancel() if r.state is UpdateState.ACTIVATING else None
     assert updater.apply(desired()).succeeded
+
+
+@pytest.mark.parametrize("at", [UpdateState.DOWNLOADING, UpdateState.PREPARING], ids=lambda state: str(state.value))
+def test_update_at_work_when_the_agent_stops_goes_on_with_the_next(world: World, at: UpdateState) -> None:
+    world.install()
+    world.publish("2.0.0", weights_seed=2)
+    for _ in range(4):  # more often than a package may cut the agent off
+        updater = world.updater()
+        world.service.on_report = suspend_at(updater, at)
+        outcome = updater.apply(desired("2.0.0", id="two"))
+        assert not outcome.report.state.is_final
+        check_untouched(world)
+    world.service.on_report = lambda report: None
+    resumed = world.updater().resume()
+    assert resumed is not None
+    assert resumed.succeeded
+
+
+def test_suspended_updater_begins_nothing(world: World) -> None:
+    world.publish()
+    updater = world.updater()
+    updater.suspend()
+    assert not updater.apply(desired()).succeeded
+    assert world.server.exchanges == []
 
 
 def test_rollback_goes_to_the_previous_package(world: World) -> None:
