@@ -30,8 +30,8 @@ from lamplighter_agent.engine.session import ModelSession, check_operators, onnx
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError, RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
-from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME
-from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_agent.package.layout import MODEL_NAME
+from lamplighter_agent.package.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Engine:
         """
         options = EngineOptions() if options is None else options
         options.validate()
-        manifest = _read_manifest(package)
+        manifest = read_manifest(package)
         _check_target(manifest)
         plan = plan_memory(manifest, read_machine_memory(), options)
         threads = options.threads or physical_cores()
@@ -198,15 +198,6 @@ class Engine:
 def _token(event: TextDelta) -> Token:
     logprob = None if event.logprobs is None else event.logprobs[0]
     return Token(token_id=event.token_ids[0], text=event.text, logprob=logprob)
-
-
-def _read_manifest(package: Path) -> Manifest:
-    path = package / MANIFEST_NAME
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PackageError(f"{path}: cannot read the manifest: {error}") from error
-    return decode_manifest(data, origin=str(path))
 
 
 def _check_target(manifest: Manifest) -> None:

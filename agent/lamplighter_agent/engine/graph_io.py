@@ -7,10 +7,10 @@ head_dim]; outputs ``logits`` [B, rows, vocab_size] and ``present.{i}.key|value`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from lamplighter_agent.engine.protobuf import read_fields
 from lamplighter_agent.errors import IncompatiblePackageError, PackageError
 from lamplighter_agent.package.manifest import ModelFacts
 
@@ -93,11 +93,15 @@ def read_operator_domains(model: bytes) -> set[str]:
         IncompatiblePackageError: If the model defines functions, which could import domains of their own.
     """
     domains: set[str] = set()
-    for field, value in _fields(memoryview(model)):
-        if field == _MODEL_FUNCTIONS:
+    for field in read_fields(memoryview(model)):
+        if field.number == _MODEL_FUNCTIONS:
             raise IncompatiblePackageError("the model defines local functions, which packages may not have")
-        if field == _MODEL_OPSET_IMPORT:
-            names = [bytes(inner).decode("utf-8", "replace") for key, inner in _fields(value) if key == _OPSET_DOMAIN]
+        if field.number == _MODEL_OPSET_IMPORT and field.content is not None:
+            names = [
+                bytes(inner.content).decode("utf-8", "replace")
+                for inner in read_fields(field.content)
+                if inner.number == _OPSET_DOMAIN and inner.content is not None
+            ]
             domains.add(names[-1] if names else "")
     if not domains:
         raise PackageError("the model file is not an ONNX model: it imports no operators")
@@ -129,42 +133,3 @@ def _check_no_more(side: str, tensors: dict[str, TensorInfo], known: set[str], p
     found = sum(name.startswith(prefix) for name in tensors)
     if found != caches:
         raise IncompatiblePackageError(f"the graph has {found} {side}s {prefix}*, but the manifest means {caches}")
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield (field number, content) of each length-delimited field of a protobuf message; skip the other kinds.
-
-    Raises:
-        PackageError: If a length points outside the message, or a wire type is unknown.
-    """
-    position = 0
-    while position < len(message):
-        tag, position = _varint(message, position)
-        field, wire = tag >> 3, tag & 7
-        if wire == 0:
-            _, position = _varint(message, position)
-            continue
-        if wire == 2:
-            length, position = _varint(message, position)
-        elif wire in (1, 5):
-            length = 8 if wire == 1 else 4
-        else:
-            raise PackageError("the model file is not an ONNX model: unknown wire type")
-        if position + length > len(message):
-            raise PackageError("the model file is cut off")
-        if wire == 2:
-            yield field, message[position : position + length]
-        position += length
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if position >= len(message):
-            raise PackageError("the model file is cut off")
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-    raise PackageError("the model file is not an ONNX model: a number is too long")

@@ -19,12 +19,22 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import numpy as np
 
+from lamplighter_agent.engine.external_data import align_external_data
+from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.memory import physical_cores
-from lamplighter_agent.engine.session import check_operators, onnxruntime_version, save_prepacked
-from lamplighter_agent.errors import DiskFullError, LamplighterError, PackageError, StoreError
+from lamplighter_agent.engine.runner import ModelRunner
+from lamplighter_agent.engine.session import (
+    FloatArray,
+    ModelSession,
+    check_operators,
+    onnxruntime_version,
+    save_prepacked,
+)
+from lamplighter_agent.errors import DiskFullError, EngineError, LamplighterError, StoreError
 from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME
-from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_agent.package.manifest import Manifest, decode_manifest, read_manifest, read_manifest_bytes
 
 PREPARED_NAME: Final = "prepared.json"
 FORMAT: Final = 1
@@ -32,6 +42,8 @@ FORMAT: Final = 1
 
 _DISK_FACTOR: Final = 3
 """A copy holds the weights as built and as packed: 2.3 times the package's in measurement."""
+
+_PROBE_TOKENS: Final = 32
 
 _CPU_FLAGS: Final = re.compile(r"^(?:flags|Features)\s*:(.*)$", re.MULTILINE)
 
@@ -70,9 +82,10 @@ def prepared_key(package: Path, *, cpu: str | None = None, onnxruntime: str | No
         onnxruntime: Version; None: the one in use.
 
     Raises:
-        PackageError: If the manifest cannot be read.
+        ManifestError: If the manifest cannot be read.
     """
-    manifest, data = _read_manifest(package)
+    data = read_manifest_bytes(package)
+    manifest = decode_manifest(data, origin=str(package / MANIFEST_NAME))
     return PreparedKey(
         format=FORMAT,
         package=manifest.reference,
@@ -115,12 +128,16 @@ def check_prepared(directory: Path, key: PreparedKey) -> str | None:
 
 
 def damaged_file(directory: Path) -> str | None:
-    """Return the name of the first file whose sha256 is not the record's; None if all agree. Reads everything."""
+    """Return the first file that cannot be read or whose sha256 is not the record's; None if all agree. Reads all."""
     record = _read_record(directory)
     if record is None:
         return PREPARED_NAME
     for entry in record.files:
-        if _sha256(directory / entry.name) != entry.sha256:
+        try:
+            digest = _sha256(directory / entry.name)
+        except OSError:
+            return entry.name
+        if digest != entry.sha256:
             return entry.name
     return None
 
@@ -142,7 +159,7 @@ def prepare(package: Path, root: Path, *, key: PreparedKey | None = None) -> Pat
         PackageError: If the package cannot be read or run.
         DiskFullError: If there is too little space.
         StoreError: If the file system refuses otherwise.
-        EngineError: If the runtime fails.
+        EngineError: If the runtime fails, or the copy would compute other values than the package.
     """
     key = prepared_key(package) if key is None else key
     directory = prepared_directory(root, key)
@@ -180,15 +197,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _read_manifest(package: Path) -> tuple[Manifest, bytes]:
-    path = package / MANIFEST_NAME
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise PackageError(f"{path}: cannot read the manifest: {error}") from error
-    return decode_manifest(data, origin=str(path)), data
-
-
 def _read_record(directory: Path) -> PreparedRecord | None:
     try:
         return msgspec.json.decode((directory / PREPARED_NAME).read_bytes(), type=PreparedRecord)
@@ -199,6 +207,8 @@ def _read_record(directory: Path) -> PreparedRecord | None:
 def _write_copy(package: Path, directory: Path, key: PreparedKey) -> None:
     check_operators(package / MODEL_NAME)
     save_prepacked(package / MODEL_NAME, directory, threads=physical_cores())
+    align_external_data(directory / MODEL_NAME, directory / WEIGHTS_NAME)
+    _check_same(package, directory)
     files = []
     for name in (MODEL_NAME, WEIGHTS_NAME):
         path = directory / name
@@ -208,6 +218,26 @@ def _write_copy(package: Path, directory: Path, key: PreparedKey) -> None:
     record.write_bytes(msgspec.json.encode(PreparedRecord(key=key, files=tuple(files))))
     _sync(record)
     _sync(directory)
+
+
+def _check_same(package: Path, directory: Path) -> None:
+    """Check that the copy computes exactly what the package does: a copy that maps wrongly gives no error itself."""
+    manifest = read_manifest(package)
+    built, mapped = (_probe(path / MODEL_NAME, manifest) for path in (package, directory))
+    if not np.array_equal(built, mapped):
+        raise EngineError(
+            f"the prepared copy of {manifest.reference} computes other values than the package",
+            hint="the package runs as built; tell the maintainers the CPU and the onnxruntime version",
+        )
+
+
+def _probe(model_path: Path, manifest: Manifest) -> FloatArray:
+    """Return the logits behind a short prompt and behind one decode step after it, float32 [2, logits width]."""
+    tests = manifest.self_tests
+    prompt = list(tests[0].prompt_tokens[:_PROBE_TOKENS]) if tests else list(range(min(8, manifest.model.vocab_size)))
+    cache = KVCache(CacheSpec.from_model(manifest.model), slots=1, capacity=len(prompt) + 1)
+    runner = ModelRunner(ModelSession(model_path, manifest, threads=physical_cores()), cache)
+    return np.stack([runner.prefill(0, prompt), runner.decode([prompt[0]])[0]])
 
 
 def _replace_directory(temporary: Path, directory: Path) -> None:

@@ -67,7 +67,6 @@ def session_options(threads: int) -> ort.SessionOptions:
     # Warnings would tell of the overridable logits_start, which is meant.
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_DURATION_US))
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
 
 
