@@ -60,7 +60,7 @@ def test_regions_move_to_aligned_offsets_with_their_bytes(tmp_path: Path) -> Non
         tensor("inside", {}),
     ]
     model, weights = write(tmp_path, tensors, data)
-    assert align_external_data(model, weights) == 5
+    assert align_external_data(model, weights) == 4
     moved, entries = weights.read_bytes(), entries_of(model)
     assert region(moved, entries["a"]["offset"], "100") == data[:100]
     assert region(moved, entries["b"]["offset"], "30") == data[170:200]
