@@ -203,9 +203,12 @@ def publish(package: Path) -> tuple[Path, Path]:
     """Publish the package; return the trusted root that devices get, and the repository's folder."""
     keys, repository = WORK / "keys", WORK / "repository"
     fleet = str(BIN / "lamplighter-fleet")
+    signing = ["--repository", str(repository), "--keys", str(keys)]
     if not (keys / "root.json").exists():
         run([fleet, "keys", "init", str(keys)], timeout=60)
-    run([fleet, "publish", str(package), "--repository", str(repository), "--keys", str(keys)], timeout=300)
+    elif (repository / "metadata").exists():
+        run([fleet, "refresh", *signing], timeout=60)  # an earlier run's signatures may be about to expire
+    run([fleet, "publish", str(package), *signing], timeout=300)
     return keys / "root.json", repository
 
 
