@@ -5,6 +5,8 @@ A token is one character of the answer, its id the character's code. What the us
 step, ``/stop`` stops the process (SIGSTOP), ``/refuse`` is refused, ``/fail`` fails in the engine; anything else is
 answered with ``You said: …``. A file in the package decides about loading: ``refuse-to-load``, ``hang-at-load``,
 ``crash-at-load``.
+
+Run as a module it stands for ``lamplighter_agent.engine.prepare`` and does nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from lamplighter_agent.package.manifest import Manifest, decode_manifest
 from lamplighter_agent.service.worker_messages import Load, Prompt
 
 ENTRY = "support.fake_engine:load"
+PREPARE = "support.fake_engine"
 CONTEXT_TOKENS = 4096
 
 

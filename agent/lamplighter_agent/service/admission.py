@@ -140,6 +140,7 @@ class RequestQueue:
         self._numbers = itertools.count(1)
         self._worker: EngineWorker | None = None
         self._refusal: RequestError | None = None
+        self._closed = False
         self.counters = Counters()
 
     @property
@@ -159,17 +160,26 @@ class RequestQueue:
 
     def attach(self, worker: EngineWorker) -> None:
         """Send requests to ``worker`` from now on; those that another one is answering stay there."""
+        if self._closed:
+            return
         self._worker = worker
         self._refusal = None
         self._start_next()
 
     def detach(self, refusal: RequestError | None = None) -> None:
         """Send requests to nobody: they wait, or with ``refusal`` they are refused, the waiting ones too."""
+        if self._closed:
+            return
         self._worker = None
         self._refusal = refusal
         if refusal is not None:
             while self._waiting:
                 self._give_up(self._waiting[0], refusal)
+
+    def close(self, refusal: RequestError) -> None:
+        """Refuse everything from now on, whatever is attached later; what is being answered goes on."""
+        self.detach(refusal)
+        self._closed = True
 
     def submit(self, request: GenerationRequest) -> Ticket | None:
         """Accept a request, or return None for one that was accepted before.

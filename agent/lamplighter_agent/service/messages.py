@@ -17,6 +17,8 @@ from lamplighter_agent.engine.events import FinishReason, Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import LamplighterError, ManifestError, RequestError, WorkerError
 from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.service.topics import Topics as Topics
+from lamplighter_agent.service.topics import parse_device_topic as parse_device_topic
 from lamplighter_agent.update.states import Desired, UpdateReport
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024

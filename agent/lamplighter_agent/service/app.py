@@ -1,0 +1,343 @@
+"""The agent as a process: what is started, in which order, what runs, and how all of it ends.
+
+Three phases: start up, run until a signal sets a flag, shut down. Every wait of the shutdown has a bound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import lamplighter_agent
+from lamplighter_agent.config import AgentConfig, EngineConfig, LocalApiConfig, MqttConfig
+from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.errors import PackageError, RequestError, StoreError
+from lamplighter_agent.package.durable import make_directory, storage_errors, write_file
+from lamplighter_agent.service.admission import RequestQueue
+from lamplighter_agent.service.local_api import Facts, LocalApi
+from lamplighter_agent.service.messages import CommandMessage
+from lamplighter_agent.service.mqtt_service import Actions, MqttService
+from lamplighter_agent.service.runner import PackageRunner
+from lamplighter_agent.service.systemd import ServiceManager
+from lamplighter_agent.service.telemetry import Sampler, TelemetryReporter
+from lamplighter_agent.service.updates import PREPARE_MODULE, UpdateService
+from lamplighter_agent.service.worker import DEFAULT_ENGINE, WorkerSpec
+from lamplighter_agent.update.states import UpdateReport
+from lamplighter_agent.update.store import Store
+
+logger = logging.getLogger(__name__)
+
+BOOT_NAME: Final = "boot"
+_MIB: Final = 1024 * 1024
+_DRAIN_S: Final = 10.0
+_TICK_S: Final = 5.0
+_EXTEND_S: Final = 30.0
+_NETWORK_SILENCE_S: Final = 60.0
+
+
+class EngineModules(NamedTuple):
+    """What child processes run; tests put small ones in their place.
+
+    Attributes:
+        load: ``module:function`` that loads the engine in the worker process.
+        prepare: Module that makes the copy of a package for this CPU.
+    """
+
+    load: str = DEFAULT_ENGINE
+    prepare: str = PREPARE_MODULE
+
+
+REAL_ENGINE: Final = EngineModules()
+
+
+def run(config: AgentConfig, *, engine: EngineModules = REAL_ENGINE) -> int:
+    """Run the agent until SIGTERM or SIGINT.
+
+    Args:
+        config: The whole configuration.
+        engine: What loads and prepares packages.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        LamplighterError: If it cannot start.
+    """
+    asyncio.run(_run(config, engine))
+    return 0
+
+
+async def _run(config: AgentConfig, engine: EngineModules) -> None:
+    await Agent(config, ServiceManager.from_environment(), engine=engine).run()
+
+
+def serve(
+    package: Path,
+    socket: Path,
+    options: EngineOptions,
+    *,
+    prepared_root: Path | None = None,
+    engine: EngineModules = REAL_ENGINE,
+) -> int:
+    """Serve one package directory on a Unix socket until SIGTERM or SIGINT: no broker, store or updates.
+
+    Args:
+        package: The package directory.
+        socket: Path of the socket.
+        options: Limits and choices for the engine.
+        prepared_root: Where copies prepared for this CPU lie, or None.
+        engine: What loads and prepares packages.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        LamplighterError: If the package cannot be loaded or the socket is in use.
+    """
+    spec = WorkerSpec(
+        package=package,
+        prepared_root=prepared_root,
+        options=options,
+        engine=engine.load,
+        log_level=logging.getLogger().getEffectiveLevel(),
+    )
+    asyncio.run(_serve(spec, socket))
+    return 0
+
+
+async def _serve(spec: WorkerSpec, socket: Path) -> None:
+    stop = _stop_on_signals()
+    config = AgentConfig(
+        state_dir=socket.parent, mqtt=MqttConfig(enabled=False), local_api=LocalApiConfig(socket=socket)
+    )
+    requests = RequestQueue(config.requests)
+    runner = PackageRunner(spec, requests, lambda: None)
+    sampler = Sampler(config, 1, requests, runner, lambda: "idle")
+    api = LocalApi(config.local_api, requests, _facts(sampler, runner))
+    await api.start()
+    try:
+        await runner.switch(spec.package)
+        logger.info("%s answers on %s", runner.package, socket)
+        await stop.wait()
+        requests.close(_stopping())
+        await requests.drain(_DRAIN_S)
+    finally:
+        await api.stop()
+        await runner.stop(0.0)
+
+
+class Agent:
+    """The service; it is made inside a running event loop and runs once.
+
+    Args:
+        config: The whole configuration.
+        manager: The service manager to tell.
+        engine: What loads and prepares packages.
+
+    Raises:
+        ConfigError: If a password, certificate or name cannot be used.
+        StoreError: If the state directory cannot be written.
+    """
+
+    def __init__(self, config: AgentConfig, manager: ServiceManager, *, engine: EngineModules = REAL_ENGINE) -> None:
+        self._config = config
+        self._manager = manager
+        self._tasks: list[asyncio.Task[None]] = []
+        self._store = Store(config.state_dir, reserve_bytes=config.repository.disk_reserve_bytes)
+        boot = _count_boot(config.state_dir)
+        self._requests = RequestQueue(config.requests)
+        self._runner = PackageRunner(_spec(config, self._store, engine), self._requests, self._on_change)
+        self._updates = UpdateService(config, self._store, self._runner, self._on_report, prepare_module=engine.prepare)
+        self._sampler = Sampler(config, boot, self._requests, self._runner, lambda: self._updates.state)
+        self._api: LocalApi | None = None
+        self._mqtt: MqttService | None = None
+        self._telemetry: TelemetryReporter | None = None
+        if config.mqtt.enabled:
+            actions = Actions(self._on_command, self._updates.request, self._on_connected, lambda: self._runner.package)
+            self._mqtt = MqttService(config, self._requests, actions, boot)
+            self._telemetry = TelemetryReporter(config, self._sampler, self._mqtt)
+        if config.local_api.socket is not None:
+            self._api = LocalApi(config.local_api, self._requests, _facts(self._sampler, self._runner))
+
+    async def run(self) -> None:
+        """Start up, run, shut down.
+
+        Raises:
+            LamplighterError: If it cannot start; whatever was started has ended then.
+        """
+        stop = _stop_on_signals()
+        try:
+            await self._start_up(stop)
+            await self._main_loop(stop)
+        finally:
+            self._manager.stopping()
+            await self._shut_down()
+
+    async def _start_up(self, stop: asyncio.Event) -> None:
+        if self._api is not None:
+            await self._api.start()
+        self._start_package()
+        if self._mqtt is not None and self._telemetry is not None:
+            self._mqtt.start()
+            self._tasks.append(asyncio.create_task(self._telemetry.run(), name="telemetry"))
+        await self._wait_for_package(stop)
+        # Only now: an update would compete with the start for memory, and it may want to switch.
+        self._updates.start()
+        self._manager.ready(self._describe())
+
+    async def _wait_for_package(self, stop: asyncio.Event) -> None:
+        """Wait until the package's first start is over, asking the service manager for time meanwhile."""
+        settled = asyncio.create_task(self._runner.wait_settled(), name="wait-for-package")
+        stopped = asyncio.create_task(stop.wait(), name="wait-for-stop")
+        try:
+            while not settled.done() and not stopped.done():
+                self._manager.extend_timeout(_EXTEND_S)
+                await asyncio.wait({settled, stopped}, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            settled.cancel()
+            stopped.cancel()
+
+    async def _main_loop(self, stop: asyncio.Event) -> None:
+        tick_s = min(_TICK_S, (self._manager.watchdog_s or _TICK_S) / 3)
+        while not stop.is_set():
+            if self._is_alive():
+                self._manager.alive()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), tick_s)
+
+    async def _shut_down(self) -> None:
+        logger.info("stopping")
+        self._requests.close(_stopping())
+        await self._updates.stop()
+        await self._requests.drain(_DRAIN_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._mqtt is not None:
+            await self._mqtt.finish_answers(1.0)
+            await self._mqtt.stop()
+        if self._api is not None:
+            await self._api.stop()
+        await self._runner.stop(0.0)
+
+    def _start_package(self) -> None:
+        try:
+            current = self._store.current()
+        except (PackageError, StoreError) as error:
+            logger.error("the package in use cannot be read: %s", error.message)  # noqa: TRY400
+            return
+        if current is None:
+            logger.info("no package is installed yet; push one with lamplighter-fleet push NAME/VERSION")
+        else:
+            self._runner.start(current.path)
+
+    def _is_alive(self) -> bool:
+        """True while everything that must not hang is well; the event loop shows that it is by getting here."""
+        if self._mqtt is None:
+            return True
+        connection = self._mqtt.connection
+        if connection.alive and time.monotonic() - connection.last_tick_s < _NETWORK_SILENCE_S:
+            return True
+        logger.error("the MQTT network thread hangs; the watchdog is not fed")
+        return False
+
+    def _describe(self) -> str:
+        package = self._runner.package or "no package"
+        broker = "no broker configured"
+        if self._mqtt is not None:
+            broker = "broker connected" if self._mqtt.is_connected else "broker away"
+        return f"{package}, engine {self._runner.state}, {broker}, update {self._updates.state}"
+
+    def _on_change(self) -> None:
+        """The engine's state changed."""
+        self._manager.status(self._describe())
+        if self._mqtt is not None:
+            self._mqtt.publish_status()
+            self._mqtt.publish_event(f"engine_{self._runner.state}", self._describe())
+
+    def _on_report(self, report: UpdateReport) -> None:
+        self._manager.status(self._describe())
+        if self._mqtt is not None:
+            self._mqtt.publish_reported(report)
+
+    def _on_connected(self) -> None:
+        self._manager.status(self._describe())
+        if self._mqtt is None or self._telemetry is None:
+            return
+        if self._updates.last_report is not None:
+            self._mqtt.publish_reported(self._updates.last_report)
+        replay = asyncio.create_task(self._telemetry.replay(), name="telemetry-replay")
+        self._tasks.append(replay)
+        replay.add_done_callback(self._tasks.remove)
+
+    async def _on_command(self, command: CommandMessage) -> str:
+        match command.command:
+            case "ping":
+                return f"lamplighter-agent {lamplighter_agent.__version__}: {self._describe()}"
+            case "report":
+                self._on_connected()
+                if self._mqtt is not None:
+                    self._mqtt.publish_status()
+                return "status, reported and telemetry were sent again"
+            case "restart_worker":
+                await self._runner.restart()
+                return "the engine is starting anew"
+            case "rollback":
+                return await self._updates.rollback()
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def _facts(sampler: Sampler, runner: PackageRunner) -> Facts:
+    return Facts(sampler.sample, lambda: runner.package, lambda: runner.state == "ready")
+
+
+def _stopping() -> RequestError:
+    return RequestError("the agent is stopping", code=503, retry_after_s=5.0, hint="try again in a moment")
+
+
+def _spec(config: AgentConfig, store: Store, engine: EngineModules) -> WorkerSpec:
+    return WorkerSpec(
+        package=Path(),
+        prepared_root=store.prepared_dir,
+        options=_engine_options(config.engine),
+        engine=engine.load,
+        start_timeout_s=config.engine.start_timeout_s,
+        stall_timeout_s=config.engine.stall_timeout_s,
+        log_level=config.log.numeric_level,
+    )
+
+
+def _engine_options(config: EngineConfig) -> EngineOptions:
+    return EngineOptions(
+        memory_budget_bytes=None if config.memory_budget_mb is None else config.memory_budget_mb * _MIB,
+        max_context_tokens=config.max_context_tokens,
+        slots=config.slots,
+        threads=config.threads,
+    )
+
+
+def _count_boot(state_dir: Path) -> int:
+    """Count this start and return the number, which tells a late will from the present one.
+
+    Raises:
+        StoreError: If the state directory cannot be written.
+    """
+    path = state_dir / BOOT_NAME
+    with storage_errors(f"counting the start in {path}"):
+        make_directory(state_dir)
+        text = path.read_text(encoding="ascii", errors="replace").strip() if path.exists() else "0"
+        boot = (int(text) if text.isdigit() else int(time.time())) + 1
+        write_file(path, str(boot).encode())
+    return boot
