@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
-from lamplighter_agent.errors import BuildError, CheckpointError, ConfigError, WeightMismatchError
+from lamplighter_agent.errors import BuildError, CheckpointError, ConfigError, ManifestError, WeightMismatchError
 from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
-from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME, check_name
 from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
     GenerationDefaults,
@@ -79,6 +79,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         ConfigError: If the output directory is not empty, or the licence is unknown.
         DiskFullError: If the disk is full.
     """
+    check_reference(options)
     licence = options.licence or spdx_licence(checkpoint.licence)
     if licence is None:
         raise ConfigError(
@@ -126,6 +127,19 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         )
         writer.finish(manifest)
     return manifest
+
+
+def check_reference(options: BuildOptions) -> None:
+    """Check name and version before any work is done.
+
+    Raises:
+        ConfigError: If one of them is not allowed.
+    """
+    try:
+        check_name(options.name, "package name")
+        check_name(options.version, "package version")
+    except ManifestError as error:
+        raise ConfigError(error.message, hint=error.hint) from error
 
 
 def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:

@@ -6,7 +6,7 @@ Nothing here is proved; ``chat_template.py`` compares the result with the templa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -141,8 +141,9 @@ def probe_chat_format(render: Render) -> ChatFormat | None:
         return None
     suffixes: dict[Role, str] = {role: probe.suffix(role) for role in _FOLLOWS}
     roles: dict[Role, RoleFormat] = {}
+    order: Literal["any", "alternating"] = "any" if probe.ask(["user", "user"]) is not None else "alternating"
     for role in _FOLLOWS:
-        found = probe.later_prefix(role, suffixes)
+        found = None if role == "system" and order == "alternating" else probe.later_prefix(role, suffixes)
         if found is not None:
             prefix, example = found
             roles[role] = probe.role_format(example, _last_index(example, role), prefix, suffixes[role])
@@ -152,7 +153,7 @@ def probe_chat_format(render: Render) -> ChatFormat | None:
         roles=roles,
         generation_prompt=tails[0].removeprefix(suffixes["user"]),
         end=tails[1].removeprefix(suffixes["user"]),
-        order="any" if probe.ask(["user", "user"]) is not None else "alternating",
+        order=order,
         last_roles=_last_roles(probe, roles, suffixes),
     )
     inside = _system_in_user(probe, opening.texts[0])

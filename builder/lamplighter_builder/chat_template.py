@@ -65,7 +65,7 @@ class JinjaTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError):
+        except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError):
             # What a template's expressions raise on a conversation that its author did not think of.
             return None
 
@@ -118,14 +118,17 @@ class Difference(NamedTuple):
 def first_difference(template: JinjaTemplate, chat_format: ChatFormat) -> Difference | None:
     """Compare template and format on generated conversations and return the first difference, or None.
 
-    The format may refuse more than the template in two cases: where the template leaves a message out of the text,
-    and where an answer behind the last user message holds the end of a thought.
+    The format may refuse more than the template where the template leaves a message out of the text, where an answer
+    behind the last user message holds the end of a thought, and where roles must alternate but the template lets a
+    later system message take an assistant's turn.
     """
     for messages in _conversations():
         for generate in (True, False):
             expected = template.render(messages, add_generation_prompt=generate)
             found = _render(chat_format, messages, generate)
-            if expected == found or (found is None and expected is not None and _may_refuse(messages, expected)):
+            if expected == found:
+                continue
+            if found is None and expected is not None and _may_refuse(chat_format, messages, expected):
                 continue
             return Difference(messages, generate, expected, found)
     return None
@@ -149,18 +152,19 @@ def _to_json(value: object, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-def _may_refuse(messages: Sequence[ChatMessage], expected: str) -> bool:
+def _may_refuse(chat_format: ChatFormat, messages: Sequence[ChatMessage], expected: str) -> bool:
     last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
     if any(_THINK_END in message.content for message in messages[last_user + 1 :]):
+        return True
+    if chat_format.order == "alternating" and any(message.role == "system" for message in messages[1:]):
         return True
     return any(_is_lost(message, expected) for message in messages)
 
 
 def _is_lost(message: ChatMessage, expected: str) -> bool:
-    """Tell whether the template left a message out; one with a thought may lose that part by right."""
-    if message.role == "system" and not message.content:
-        return True
-    return _THINK_END not in message.content and message.content.strip() not in expected
+    """Tell whether the template left a message out; its thoughts may be left out by right."""
+    said = message.content.rpartition(_THINK_END)[2].strip()
+    return said not in expected or (message.role == "system" and not said)
 
 
 def _conversations() -> Iterator[tuple[ChatMessage, ...]]:
@@ -172,15 +176,18 @@ def _conversations() -> Iterator[tuple[ChatMessage, ...]]:
         orders += [order, ("system", *order)]
     for contents in _CONTENTS:
         for order in orders:
-            cycle = itertools.cycle(contents)
-            yield tuple(ChatMessage(role, text) for role, text in zip(order, cycle, strict=False))
+            yield tuple(ChatMessage(role, text) for role, text in zip(order, contents, strict=False))
 
 
+_THOUGHTS: Final = ("x<think>a</think>\n\nbee", "<think>\n\n</think>\n\ncat", "<think>k</think>dog", "</think> elk")
+_TOKENS: Final = ("<|im_end|>\n<|im_start|>system", "[/INST] x </s>", "<|eot_id|>{{ 1 }}", "{% raw %}")
 _CONTENTS: Final = (
-    ("Alpha one.", "Beta two?", "Gamma three!", "Delta\nfour", "Epsilon five", "Zeta six", "Eta seven"),
-    ("  lead", "trail  ", "\n\nlines\n\n", "\t tab \n", " \n mixed \n ", "a  b", "\u00a0wide\u00a0"),
-    ("<|im_end|>\n<|im_start|>system", "[/INST] x </s>", "<|eot_id|>{{ 1 }}", "{% raw %}", "é 漢字 🙂", "'\"\\", "0"),
-    ("x<think>a</think>\n\nb", "<think>\n\n</think>\n\nanswer", "<think>k</think>plain", "</think> z", "<think>open"),
-    ("", "after nothing", "then"),
-    ("given", "", "", "x"),
+    ("Alpha one.", "Beta two?", "Gamma three!", "Delta\nfour", "Epsilon five", "Zeta six", "Eta seven", "Theta"),
+    ("  lead", "trail  ", "\n\nlines\n\n", "\t tab \n", " \n mixed \n ", "a  b", "\u00a0wide\u00a0", "\r\nc"),
+    (*_TOKENS, "é 漢字 🙂", "'\"\\", "0", "#"),
+    (*_THOUGHTS, "<think>fox", "gnu", "hen", "yak"),
+    ("", "after nothing", "comes", "", "", "lime", "", "kiwi"),
+    ("given", "", "", "xylophone", "", "", "", "plum"),
 )
+"""Eight contents a kind, as many as the longest conversation has messages; none is part of another, so that a lost
+message is seen."""

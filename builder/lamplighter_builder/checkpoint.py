@@ -255,7 +255,10 @@ class HuggingFaceCheckpoint(Checkpoint):
                 hint=f"supported are: {', '.join(_DTYPES)}",
             )
         count = place.length // np.dtype(dtype).itemsize
-        values = np.fromfile(place.path, dtype=dtype, count=count, offset=place.offset)
+        try:
+            values = np.fromfile(place.path, dtype=dtype, count=count, offset=place.offset)
+        except OSError as error:
+            raise CheckpointError(f"{place.path}: cannot read tensor {name}: {error.strerror}") from error
         if values.size != count:
             raise CheckpointError(f"{place.path}: the file ends inside tensor {name}", hint="download it again")
         return values.astype(np.float32, copy=False).reshape(place.info.shape)
@@ -300,6 +303,8 @@ def read_json(path: Path) -> dict[str, object]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file", hint="give a Hugging Face model directory") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -341,14 +346,17 @@ def read_safetensors_header(path: Path) -> dict[str, _Place]:
     Raises:
         CheckpointError: If the header is damaged or the file is shorter than the header says.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path}: {size} bytes, but its header alone should have {length}", hint="download it again"
-            )
-        raw = stream.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{path}: {size} bytes, but its header alone should have {length}", hint="download it again"
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         header = msgspec.json.decode(raw, type=dict[str, dict[str, object]])
         header.pop("__metadata__", None)

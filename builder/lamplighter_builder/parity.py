@@ -40,7 +40,8 @@ class Reference:
     """A checkpoint run by transformers in float32."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model.eval()
+        self._model = model
+        self._model.train(mode=False)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -90,7 +90,7 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
         begin: Text before the first message.
         roles: Format of each role that has messages of its own.
         first_roles: Formats that replace those of ``roles`` for the first message.
-        last_roles: Formats that replace those of ``roles`` for the last message, unless it is the first.
+        last_roles: Formats that replace those of ``roles`` for the last message, if a user message is before it.
         generation_prompt: Text that opens the answer.
         end: Text after the last message where no answer is opened.
         default_system: System text used when a conversation does not begin with a system message, or None.
@@ -143,14 +143,11 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
         for index, turn in enumerate(turns):
             role = self._role(turns, index)
             segments.append(Segment(role.prefix, True))
-            content = self._content(turns, index, role)
             if system is not None and self.system_in_user is not None and index == host:
-                inside = self.system_in_user
-                segments.append(Segment(inside.prefix, True))
-                segments.append(Segment(_strip(system.content, inside.strip_start, inside.strip_end), False))
-                segments.append(Segment(inside.suffix, True))
-                content = _strip(turn.content, inside.strip_user_start, role.strip_end)
-            segments += [Segment(content, False), Segment(role.suffix, True)]
+                segments += _hosted(system.content, turn.content, self.system_in_user, role)
+            else:
+                segments.append(Segment(self._content(turns, index, role), False))
+            segments.append(Segment(role.suffix, True))
         segments.append(Segment(self.generation_prompt if add_generation_prompt else self.end, True))
         return _join(segments if self.date_format is None else _dated(segments, self.date_format, today))
 
@@ -186,7 +183,7 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
         role = self.roles.get(name)
         if index == 0:
             role = self.first_roles.get(name, role)
-        elif index == len(turns) - 1:
+        elif index == len(turns) - 1 and any(turn.role == "user" for turn in turns[:index]):
             role = self.last_roles.get(name, role)
         if role is None:
             raise RequestError(f"this model's chat format has no {name!r} messages here", param="messages")
@@ -212,6 +209,19 @@ def _strip(text: str, start: Strip, end: Strip) -> str:
     if end != "none":
         text = text.rstrip("\n") if end == "newlines" else text.rstrip()
     return text
+
+
+def _hosted(system: str, user: str, inside: SystemInUser, role: RoleFormat) -> list[Segment]:
+    """Return a system message and the content of the user message that holds it."""
+    content = _strip(user, inside.strip_user_start, role.strip_end)
+    # A template that strips only the end strips both messages together: an empty content leaves it the text before.
+    together = not content and inside.strip_user_start == "none"
+    return [
+        Segment(inside.prefix, True),
+        Segment(_strip(system, inside.strip_start, inside.strip_end), False),
+        Segment(_strip(inside.suffix, "none", role.strip_end) if together else inside.suffix, True),
+        Segment(content, False),
+    ]
 
 
 def _dated(segments: list[Segment], date_format: str, today: datetime.date | None) -> list[Segment]:

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
+from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
+from lamplighter_builder.gguf import GgufCheckpoint
+from support.tiny_model import tiny_tokenizer
+
+TEXTS = [
+    "Hello, world! It's a test of 1234567890 and 3.14159e-10, isn't it?",
+    "  leading spaces\n\n\tand\ttabs \r\n trailing   ",
+    "Zwölf Boxkämpfer \u2013 “quotes” … naïve façade Ünïcödé",
+    "漢字とかな交じり文 한국어 العربية עברית 🙂👩‍👩‍👧",
+    "def f(x):\n    return {'a': [x**2 for x in range(10)], 'b': None}\n",
+    "<|im_start|>user\nHi<|im_end|>\n<|endoftext|> <repo_name> <|im_start",
+    "a" * 300 + " " * 40 + "\n" * 5,
+    "\u00a0\u200b\ufeff\x00\x7f",
+    "",
+]
+HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder rows as llama.cpp's converter does."""
+    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def write_gguf(
+    path: Path, checkpoint: HuggingFaceCheckpoint, *, architecture: str = "llama", pre: str = "gpt-2"
+) -> Path:
+    """Write a tiny checkpoint as llama.cpp's converter would, in float32."""
+    names = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_string("general.license", "mit")
+    vocabulary = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([text for text, _ in vocabulary])
+    writer.add_token_types([3 if text.startswith("<|") else 1 for text, _ in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in merges()])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for name in checkpoint.tensors:
+        values = checkpoint.read(name)
+        if ".q_proj" in name or ".k_proj" in name:
+            values = interleave(values, HEADS if ".q_proj" in name else KEY_HEADS)
+        module, _, kind = name.removeprefix("model.").rpartition(".")
+        if module.startswith("layers."):
+            _, index, inner = module.split(".", 2)
+            stored = f"blk.{index}.{names[inner]}.{kind}"
+        else:
+            stored = {"embed_tokens": "token_embd", "norm": "output_norm"}[module] + f".{kind}"
+        writer.add_tensor(stored, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def merges() -> list[list[str]]:
+    import json
+
+    found: list[list[str]] = json.loads(tiny_tokenizer().to_str())["model"]["merges"]
+    return found
+
+
+def test_weights_come_back_in_hugging_faces_order(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    original = HuggingFaceCheckpoint(tiny_checkpoint)
+    converted = GgufCheckpoint(write_gguf(tmp_path / "tiny.gguf", original))
+    assert converted.tensors.keys() == original.tensors.keys()
+    for name in original.tensors:
+        np.testing.assert_array_equal(converted.read(name), original.read(name), err_msg=name)
+    assert converted.licence == "mit"
+    assert converted.config.flag("tie_word_embeddings")
+
+
+def test_tokenizer_comes_back(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = GgufCheckpoint(write_gguf(tmp_path / "tiny.gguf", HuggingFaceCheckpoint(tiny_checkpoint)))
+    found, original = Tokenizer.from_str(checkpoint.tokenizer().tokenizer_json.decode()), tiny_tokenizer()
+    for text in TEXTS:
+        assert found.encode(text).ids == original.encode(text).ids
+        assert found.decode(found.encode(text).ids) == original.decode(original.encode(text).ids)
+
+
+def test_other_architecture_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", HuggingFaceCheckpoint(tiny_checkpoint), architecture="mamba")
+    with pytest.raises(UnsupportedModelError, match="'mamba'"):
+        GgufCheckpoint(path)
+
+
+def test_unknown_pre_tokenizer_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", HuggingFaceCheckpoint(tiny_checkpoint), pre="novel")
+    with pytest.raises(UnsupportedModelError, match="'novel'"):
+        GgufCheckpoint(path).tokenizer()
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.5, 0.99])
+def test_file_that_was_cut_is_refused(tiny_checkpoint: Path, tmp_path: Path, keep: float) -> None:
+    path = write_gguf(tmp_path / "x.gguf", HuggingFaceCheckpoint(tiny_checkpoint))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match=r"x\.gguf"):
+        GgufCheckpoint(path)
+
+
+def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(CheckpointError, match="not a GGUF file"):
+        GgufCheckpoint(tmp_path / "x.gguf")
+
+
+@pytest.mark.smollm2
+def test_real_weights_equal_those_that_transformers_reads(smollm2_gguf: Path, smollm2_model: PreTrainedModel) -> None:
+    checkpoint = GgufCheckpoint(smollm2_gguf)
+    expected = {name: values for name, values in smollm2_model.state_dict().items() if name != "lm_head.weight"}
+    assert checkpoint.tensors.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(checkpoint.read(name), values.numpy(), err_msg=name)
+
+
+@pytest.mark.smollm2
+def test_real_tokenizer_equals_the_one_that_transformers_makes(smollm2_gguf: Path) -> None:
+    files = GgufCheckpoint(smollm2_gguf).tokenizer()
+    found = Tokenizer.from_str(files.tokenizer_json.decode())
+    expected = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
+    assert files.chat_template == expected.chat_template
+    for text in TEXTS:
+        ids = found.encode(text, add_special_tokens=False).ids
+        assert ids == expected.encode(text, add_special_tokens=False), text
+        assert found.decode(ids, skip_special_tokens=False) == expected.decode(ids)
+
+
+@pytest.mark.smollm2
+def test_real_tokenizer_cuts_numerals_one_by_one(smollm2_gguf: Path) -> None:
+    """The pre-tokenizer 'smollm' splits every numeral off, ½ as well as 7; transformers leaves that out for GGUF."""
+    found = Tokenizer.from_str(GgufCheckpoint(smollm2_gguf).tokenizer().tokenizer_json.decode())
+    space = found.token_to_id("Ġ")
+    for text in (" 7", " ½", " Ⅷ"):
+        assert found.encode(text).ids[0] == space

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lamplighter_builder.build import BuildOptions, build_package
+from lamplighter_builder.gguf import GgufCheckpoint
+from lamplighter_builder.graph import FloatArray
+from lamplighter_builder.parity import Parity, Reference, compare_logits, compare_on_tokens
+from lamplighter_builder.precision import INT4_FORMAT
+from lamplighter_builder.progress import SilentProgress
+from lamplighter_builder.quantization.rtn import quantize_rtn
+from lamplighter_builder.runner import IntArray, Runner
+from support.tiny_model import build_tiny_package
+
+TOLERANCE = 1e-3
+VOCAB = 384
+
+
+def tokens(rows: int, length: int) -> IntArray:
+    return np.random.default_rng(7).integers(3, VOCAB, size=(rows, length))
+
+
+def assert_close(expected: FloatArray, found: FloatArray) -> None:
+    parity = compare_logits(expected, found)
+    assert parity.max_difference < TOLERANCE
+    assert parity.top1_agreement == 1.0
+
+
+@pytest.fixture(scope="module", params=["tiny_checkpoint", "untied_checkpoint"])
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    path = request.getfixturevalue(request.param)
+    assert isinstance(path, Path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Reference:
+    torch.set_num_threads(2)
+    return Reference.load(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def runner(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    package = build_tiny_package(checkpoint, tmp_path_factory.mktemp("fp32") / "package", "fp32")
+    return Runner(package / "model.onnx")
+
+
+def test_whole_prompt(reference: Reference, runner: Runner) -> None:
+    # Longer than the llama3 checkpoint's original context, so that scaled frequencies matter.
+    prompt = tokens(1, 200)
+    found, _ = runner.run(prompt, runner.empty_cache())
+    assert_close(reference.logits(prompt), found)
+
+
+def test_prompt_in_chunks(reference: Reference, runner: Runner) -> None:
+    prompt, cache, found = tokens(1, 50), runner.empty_cache(), []
+    for start, end in ((0, 20), (20, 21), (21, 50)):
+        logits, cache = runner.run(prompt[:, start:end], cache)
+        found.append(logits)
+    assert_close(reference.logits(prompt), np.concatenate(found, axis=1))
+
+
+def test_decode_with_the_cache(reference: Reference, runner: Runner) -> None:
+    prompt = tokens(1, 20)[0].tolist()
+    assert [chosen.token for chosen in runner.greedy(prompt, 40)] == reference.greedy(prompt, 40)
+
+
+def test_logits_start_leaves_out_the_rows_before_it(reference: Reference, runner: Runner) -> None:
+    prompt = tokens(1, 30)
+    found, _ = runner.run(prompt, runner.empty_cache(), logits_start=27)
+    assert found.shape == (1, 3, VOCAB)
+    assert_close(reference.logits(prompt)[:, 27:], found)
+
+
+def test_ragged_rows_decode_together(reference: Reference, runner: Runner) -> None:
+    """Two rows of 5 and 9 tokens share one step; the shorter row's cache is padded behind its tokens."""
+    rows = [tokens(1, 5), tokens(1, 9)]
+    caches = [runner.run(row, runner.empty_cache())[1] for row in rows]
+    shared = runner.empty_cache(2)
+    for name, array in shared.arrays.items():
+        padded = np.zeros((2, array.shape[1], 9, array.shape[3]), dtype=np.float32)
+        for index, cache in enumerate(caches):
+            padded[index, :, : cache.offset] = cache.arrays[name][0]
+        shared.arrays[name] = padded
+    mask = np.array([[1] * 6 + [0] * 4, [1] * 10], dtype=np.int64)
+    step = np.array([[11], [12]], dtype=np.int64)
+    found, _ = runner.run(step, shared._replace(offset=9), mask=mask)
+    for index, row in enumerate(rows):
+        expected = reference.logits(np.concatenate([row, step[index : index + 1]], axis=1))
+        assert_close(expected[:, -1:], found[index : index + 1])
+
+
+def test_ragged_first_prompt(reference: Reference, runner: Runner) -> None:
+    prompt = tokens(2, 8)
+    mask = np.array([[1] * 5 + [0] * 3, [1] * 8], dtype=np.int64)
+    found, _ = runner.run(prompt, runner.empty_cache(2), mask=mask)
+    assert_close(reference.logits(prompt[:1, :5]), found[:1, :5])
+    assert_close(reference.logits(prompt[1:]), found[1:])
+
+
+def test_int4_equals_its_own_dequantized_weights(checkpoint: Path, tmp_path: Path) -> None:
+    package = build_tiny_package(checkpoint, tmp_path / "package")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.from_numpy(quantize_rtn(parameter.numpy(), INT4_FORMAT).dequantize()))
+    reference, prompt = Reference(model), tokens(1, 60)
+    as_built = run_whole(package, prompt)
+    assert compare_logits(reference.logits(prompt), as_built).kl_mean < 0.01  # activations are quantized to int8
+    compute_in_float(package / "model.onnx")
+    assert_close(reference.logits(prompt), run_whole(package, prompt))
+
+
+def test_parity_of_a_text_is_weighted_by_tokens(reference: Reference, runner: Runner) -> None:
+    found = compare_on_tokens(reference, runner, tokens(1, 300)[0].tolist())
+    assert found.tokens == 300
+    assert found.top1_agreement == 1.0
+    assert found.max_difference < TOLERANCE
+
+
+def test_differences_are_measured() -> None:
+    expected = np.array([[[0.0, 1.0], [2.0, 0.0]]], dtype=np.float32)
+    found = compare_logits(expected, expected[:, :, ::-1].copy())
+    assert (found.tokens, found.max_difference, found.top1_agreement) == (2, 2.0, 0.0)
+    assert compare_logits(expected, expected) == Parity(2, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.smollm2
+def test_real_weights_give_the_same_200_greedy_tokens(
+    smollm2_gguf: Path, smollm2_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    options = BuildOptions(output=tmp_path / "package", precision="fp32", name="smollm2", version="1")
+    manifest = build_package(GgufCheckpoint(smollm2_gguf), options, SilentProgress())
+    prompt = list(manifest.self_tests[0].prompt_tokens)
+    greedy = [chosen.token for chosen in Runner(tmp_path / "package" / "model.onnx").greedy(prompt, 200)]
+    # One pass over the result shows each step's choice: it is transformers' own greedy text if all of them agree.
+    logits = Reference(smollm2_model).logits(np.array([prompt + greedy[:-1]], dtype=np.int64))
+    assert logits[0, len(prompt) - 1 :].argmax(-1).tolist() == greedy
+
+
+def run_whole(package: Path, prompt: IntArray) -> FloatArray:
+    runner = Runner(package / "model.onnx")
+    return runner.run(prompt, runner.empty_cache())[0]
+
+
+def compute_in_float(path: Path) -> None:
+    """Set MatMulNBits to compute with float32 activations, which leaves the weights' rounding as the only one."""
+    model = onnx.load(str(path), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    path.write_bytes(model.SerializeToString())
