@@ -104,6 +104,7 @@ class ApiBox:
         sampler = Sampler(agent, 1, self.requests, self.runner, lambda: "idle")
         facts = Facts(sampler.sample, lambda: self.runner.package, lambda: self.runner.state == "ready")
         self.api = LocalApi(config, self.requests, facts)
+        self.api.listen()
         await self.api.start()
         if spec is not None:
             await self.runner.switch(spec.package)

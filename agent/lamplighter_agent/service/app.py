@@ -119,9 +119,10 @@ async def _serve(spec: WorkerSpec, socket: Path) -> None:
     runner = PackageRunner(spec, requests, lambda: None)
     sampler = Sampler(config, 1, requests, runner, lambda: "idle")
     api = LocalApi(config.local_api, requests, _facts(sampler, runner))
-    await api.start()
+    api.listen()
     try:
         await runner.switch(spec.package)
+        await api.start()
         logger.info("%s answers on %s", runner.package, socket)
         await stop.wait()
         requests.close(_stopping())
@@ -180,6 +181,7 @@ class Agent:
 
     async def _start_up(self, stop: asyncio.Event) -> None:
         if self._api is not None:
+            self._api.listen()
             await self._api.start()
         self._start_package()
         if self._mqtt is not None and self._telemetry is not None:

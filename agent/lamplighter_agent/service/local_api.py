@@ -108,8 +108,8 @@ class LocalApi:
             )
         )
 
-    async def start(self) -> None:
-        """Listen.
+    def listen(self) -> None:
+        """Make the socket; clients may connect and wait from now on.
 
         Raises:
             ConfigError: If the group is unknown.
@@ -117,6 +117,14 @@ class LocalApi:
         """
         assert self._config.socket is not None
         self._socket = unix_socket.listen(self._config.socket, mode=int(self._config.mode, 8), group=self._config.group)
+
+    async def start(self) -> None:
+        """Answer clients; ``listen`` came before.
+
+        Raises:
+            ServiceError: If the server cannot start.
+        """
+        assert self._socket is not None
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="local-api")
         while not self._server.started:
             if self._task.done():
@@ -126,11 +134,12 @@ class LocalApi:
 
     async def stop(self) -> None:
         """Finish what is being answered, within a bound, and remove the socket."""
-        if self._task is None or self._socket is None or self._config.socket is None:
+        if self._socket is None or self._config.socket is None:
             return
-        self._server.should_exit = True
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._task, 2 * _STOP_TIMEOUT_S)
+        if self._task is not None:
+            self._server.should_exit = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._task, 2 * _STOP_TIMEOUT_S)
         self._socket.close()
         self._config.socket.unlink(missing_ok=True)
 
