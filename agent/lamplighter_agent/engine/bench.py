@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -47,6 +48,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
         prefill_ratio: Engine to bare loop.
         decode_ratio: Engine to bare loop.
         rss_loaded_bytes: Resident memory after the load.
+        rss_anonymous_bytes: Resident memory after the first run that is no file's, so that the system cannot drop it.
         peak_rss_bytes: Highest resident memory after the first run, before the bare loop's.
         python_step_s: What the engine adds to a decode step: its time a token less the bare loop's; noise may make it
             negative.
@@ -68,6 +70,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
     prefill_ratio: float
     decode_ratio: float
     rss_loaded_bytes: int
+    rss_anonymous_bytes: int
     peak_rss_bytes: int
     python_step_s: float
 
@@ -97,23 +100,12 @@ def run_bench(
     """
     if runs < 1 or prompt_tokens < 1 or generated_tokens < 2:
         raise RequestError("a bench needs at least 1 run, 1 prompt token and 2 generated tokens", param="runs")
-    loads = [_timed_load(package, options, prepared_root)]
-    engine, rss_loaded = loads[0][0], _memory_bytes("VmRSS")
-    prompt = _prompt(engine, max(prompt_tokens, _SHORT_PROMPT_TOKENS))
-    long, short = prompt[:prompt_tokens], prompt[:_SHORT_PROMPT_TOKENS]
-    prefills, decodes, bare_prefills, bare_decodes, peak = [], [], [], [], 0
-    bare = _BareLoop(engine.session, engine.runner.cache, max(prompt_tokens, _SHORT_PROMPT_TOKENS + generated_tokens))
-    for number in range(runs):
-        prefills.append(_engine_timings(engine, long, 1).prompt_tokens_per_s)
-        decodes.append(_engine_timings(engine, short, generated_tokens))
-        if number == 0:
-            peak = _memory_bytes("VmHWM")
-        bare_prefills.append(bare.prefill_rate(long))
-        bare_decodes.append(bare.decode_rate(short, generated_tokens))
-    load_times = [loads[0][1], *(_timed_load(package, options, prepared_root)[1] for _ in range(runs - 1))]
-    decode = statistics.median(timings.generated_tokens_per_s for timings in decodes)
-    prefill, bare_prefill = statistics.median(prefills), statistics.median(bare_prefills)
-    bare_decode = statistics.median(bare_decodes)
+    engine, load_s = _timed_load(package, options, prepared_root)
+    rss_loaded = _memory_bytes("VmRSS")
+    rounds = _measure(engine, runs, prompt_tokens, generated_tokens)
+    load_times = [load_s, *(_timed_load(package, options, prepared_root)[1] for _ in range(runs - 1))]
+    prefill, decode = (statistics.median(rates) for rates in (rounds.prefills, rounds.decodes))
+    bare_prefill, bare_decode = (statistics.median(rates) for rates in (rounds.bare_prefills, rounds.bare_decodes))
     return BenchResult(
         package=engine.manifest.reference,
         onnxruntime=onnxruntime_version(),
@@ -123,7 +115,7 @@ def run_bench(
         prompt_tokens=prompt_tokens,
         generated_tokens=generated_tokens,
         load_s=statistics.median(load_times),
-        first_token_s=statistics.median(timings.first_token_s for timings in decodes),
+        first_token_s=statistics.median(rounds.first_tokens),
         prefill_tokens_per_s=prefill,
         decode_tokens_per_s=decode,
         bare_prefill_tokens_per_s=bare_prefill,
@@ -131,9 +123,41 @@ def run_bench(
         prefill_ratio=prefill / bare_prefill,
         decode_ratio=decode / bare_decode,
         rss_loaded_bytes=rss_loaded,
-        peak_rss_bytes=peak,
+        rss_anonymous_bytes=rounds.anonymous_bytes,
+        peak_rss_bytes=rounds.peak_bytes,
         python_step_s=1 / decode - 1 / bare_decode,
     )
+
+
+@dataclass(slots=True)
+class _Rounds:
+    """What each run gave: rates in tokens a second, durations in seconds; memory of the first run."""
+
+    prefills: list[float] = field(default_factory=list)
+    decodes: list[float] = field(default_factory=list)
+    first_tokens: list[float] = field(default_factory=list)
+    bare_prefills: list[float] = field(default_factory=list)
+    bare_decodes: list[float] = field(default_factory=list)
+    anonymous_bytes: int = 0
+    peak_bytes: int = 0
+
+
+def _measure(engine: Engine, runs: int, prompt_tokens: int, generated_tokens: int) -> _Rounds:
+    prompt = _prompt(engine, max(prompt_tokens, _SHORT_PROMPT_TOKENS))
+    long, short = prompt[:prompt_tokens], prompt[:_SHORT_PROMPT_TOKENS]
+    capacity = max(prompt_tokens, _SHORT_PROMPT_TOKENS + generated_tokens)
+    bare = _BareLoop(engine.session, engine.runner.cache, capacity)
+    rounds = _Rounds()
+    for number in range(runs):
+        rounds.prefills.append(_engine_timings(engine, long, 1).prompt_tokens_per_s)
+        timings = _engine_timings(engine, short, generated_tokens)
+        rounds.decodes.append(timings.generated_tokens_per_s)
+        rounds.first_tokens.append(timings.first_token_s)
+        if number == 0:
+            rounds.anonymous_bytes, rounds.peak_bytes = _memory_bytes("RssAnon"), _memory_bytes("VmHWM")
+        rounds.bare_prefills.append(bare.prefill_rate(long))
+        rounds.bare_decodes.append(bare.decode_rate(short, generated_tokens))
+    return rounds
 
 
 class _BareLoop:
@@ -147,6 +171,7 @@ class _BareLoop:
         self._positions: IntArray = np.arange(capacity, dtype=np.int64).reshape(1, -1)
 
     def prefill_rate(self, prompt: list[int]) -> float:
+        """Return the tokens a second of a whole prompt at once."""
         begun = time.perf_counter()
         self._prefill(prompt)
         return len(prompt) / (time.perf_counter() - begun)
@@ -197,11 +222,11 @@ def _engine_timings(engine: Engine, prompt: list[int], tokens: int) -> Timings:
     return last.finished.timings
 
 
-def _memory_bytes(field: str) -> int:
-    """Return ``VmRSS`` or ``VmHWM`` of this process; 0 where the kernel does not tell."""
+def _memory_bytes(name: str) -> int:
+    """Return a field of this process's ``/proc`` status; 0 where the kernel does not tell."""
     try:
         lines = Path(f"/proc/{os.getpid()}/status").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    values = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
+    values = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
     return int(values[0]) * 1024 if values else 0

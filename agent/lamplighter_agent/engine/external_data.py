@@ -102,6 +102,7 @@ def _edit_model(model: memoryview, edit: Callable[[Entries], Entries]) -> bytes:
     """Return a serialized ``ModelProto`` with the external data of every initializer passed through ``edit``."""
 
     def edit_tensor(tensor: memoryview) -> bytes:
+        """Return a serialized ``TensorProto`` with its external data edited and last."""
         fields = list(read_fields(tensor))
         entries = dict(_entry(field.content) for field in fields if field.number == _TENSOR_EXTERNAL_DATA)
         kept = b"".join(field.raw for field in fields if field.number != _TENSOR_EXTERNAL_DATA)

@@ -133,6 +133,9 @@ class Sampler:
         stop_ids: Tokens that may not be drawn before ``min_tokens``.
         seed: Seed of the random generator.
         vocab_size: Number of tokens that may be drawn; logits beyond it are padding.
+
+    Attributes:
+        stop_ids: As given.
     """
 
     def __init__(
@@ -150,6 +153,7 @@ class Sampler:
         self._vocab_size = vocab_size
         self._generated = 0
         self._random = np.random.Generator(np.random.PCG64(seed))
+        self.stop_ids = stop_ids
         self._stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self._bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
         self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)

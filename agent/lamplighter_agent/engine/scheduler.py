@@ -14,6 +14,7 @@ Every request reserves cache tokens from the plan's ``kv_tokens``: for prompt an
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.engine.sampling import Logits
+from lamplighter_agent.engine.sampling import Logits, Sampler
 from lamplighter_agent.engine.sequence import Sequence
 from lamplighter_agent.errors import ContextOverflowError, EngineError, RequestError
 from lamplighter_agent.package.manifest import GenerationDefaults
@@ -117,16 +118,15 @@ class Scheduler:
                 f"{len(self._waiting)} requests are already waiting", code=429, retry_after_s=_RETRY_AFTER_S
             )
         room = self._plan.max_context_tokens - len(prompt_tokens)
-        eos = () if params.ignore_eos else self._defaults.eos_token_ids
+        params = params.with_defaults(self._defaults)
         self._waiting.append(
             Sequence(
                 request_id,
                 list(prompt_tokens),
-                params.with_defaults(self._defaults),
-                stop_ids=frozenset((*eos, *params.stop_token_ids)),
+                params,
+                sampler=self._sampler(prompt_tokens, params),
                 limit=room if params.max_tokens is None else min(params.max_tokens, room),
                 decoder=self._decoder,
-                vocab_size=self._vocab_size,
                 submitted_s=self._clock(),
             )
         )
@@ -150,6 +150,16 @@ class Scheduler:
         if self._decoding:
             self._decode_step(events)
         return events
+
+    def _sampler(self, prompt_tokens: list[int], params: GenerationParams) -> Sampler:
+        eos = () if params.ignore_eos else self._defaults.eos_token_ids
+        return Sampler(
+            params,
+            prompt_tokens,
+            stop_ids=frozenset((*eos, *params.stop_token_ids)),
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            vocab_size=self._vocab_size,
+        )
 
     def _check_prompt(self, tokens: list[int]) -> None:
         if not tokens:

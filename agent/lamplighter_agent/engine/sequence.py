@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-
 from lamplighter_agent.engine.detokenizer import Decoder, StopStrings, StreamingDetokenizer
 from lamplighter_agent.engine.events import Finished, FinishReason, TextDelta, Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
@@ -17,10 +15,9 @@ class Sequence:
         request_id: Its id.
         prompt: Token ids of the prompt.
         params: Options with the package's defaults filled in.
-        stop_ids: Tokens that end it.
+        sampler: Draws its tokens and knows those that end it.
         limit: Tokens that it may generate at most.
         decoder: Turns tokens into text.
-        vocab_size: Tokens that may be drawn.
         submitted_s: Monotonic time of its submission.
 
     Attributes:
@@ -36,10 +33,9 @@ class Sequence:
         prompt: list[int],
         params: GenerationParams,
         *,
-        stop_ids: frozenset[int],
+        sampler: Sampler,
         limit: int,
         decoder: Decoder,
-        vocab_size: int,
         submitted_s: float,
     ) -> None:
         self.request_id = request_id
@@ -52,14 +48,7 @@ class Sequence:
         self.reserved = 0
         self.last_token = -1
         self._min_tokens = params.min_tokens
-        self._stop_ids = stop_ids
-        self._sampler = Sampler(
-            params,
-            prompt,
-            stop_ids=stop_ids,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            vocab_size=vocab_size,
-        )
+        self._sampler = sampler
         self._detokenizer = StreamingDetokenizer(decoder)
         self._stops = StopStrings(params.stop)
         self._stop_string_met = False
@@ -102,7 +91,7 @@ class Sequence:
         self._last_token_s = now
         if self._first_token_s is None:
             self._first_token_s = now
-        if token_id in self._stop_ids:
+        if token_id in self._sampler.stop_ids:
             return None, "stop"
         text = self._detokenizer.push(token_id)
         if self.generated >= self._min_tokens:

@@ -54,9 +54,11 @@ def test_min_tokens_beyond_max_tokens_are_contradictory() -> None:
 
 
 def test_limits_themselves_are_accepted() -> None:
-    GenerationParams(
+    params = GenerationParams(
         max_tokens=1, temperature=0, top_k=0, top_p=1.0, min_p=0.0, seed=2**63 - 1, logprobs=20, stop=("x" * 1024,) * 16
-    ).validate()
+    )
+    params.validate()
+    assert msgspec.json.decode(msgspec.json.encode(params), type=GenerationParams) == params
 
 
 @pytest.mark.parametrize("params", [GenerationParams(stop_token_ids=(9,)), GenerationParams(logit_bias={9: 1.0})])
