@@ -237,13 +237,16 @@ class PackageRunner:
 
 
 async def _self_test(worker: EngineWorker, test: SelfTest) -> tuple[tuple[int, ...], Finished]:
-    params = GenerationParams(max_tokens=len(test.expected_tokens), temperature=0.0, repetition_penalty=1.0, top_k=0)
+    params = GenerationParams(
+        max_tokens=len(test.expected_tokens), temperature=0.0, repetition_penalty=1.0, ignore_eos=True
+    )
     tokens: list[int] = []
-    async for event in worker.generate("self-test", Prompt(tokens=test.prompt_tokens), params):
-        if isinstance(event, TextDelta):
-            tokens += event.token_ids
-        else:
-            return tuple(tokens), event
+    async with contextlib.aclosing(worker.generate("self-test", Prompt(tokens=test.prompt_tokens), params)) as events:
+        async for event in events:
+            if isinstance(event, TextDelta):
+                tokens += event.token_ids
+            else:
+                return tuple(tokens), event
     raise WorkerError("a self-test ended without a result")
 
 

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Final, Literal
 
@@ -148,7 +148,7 @@ class EngineWorker:
 
     async def generate(
         self, request_id: str, prompt: Prompt, params: GenerationParams
-    ) -> AsyncIterator[TextDelta | Finished]:
+    ) -> AsyncGenerator[TextDelta | Finished, None]:
         """Run a request; the last event is ``Finished``. Closing the iterator early cancels the request.
 
         Events are queued here until they are taken; a request's ``max_tokens`` bounds how many there can be.
