@@ -9,6 +9,7 @@ from lamplighter_agent.engine import memory
 from lamplighter_agent.engine.memory import (
     MIB,
     RUNTIME_BYTES,
+    TOKENIZER_ENTRY_BYTES,
     MachineMemory,
     plan_memory,
     read_machine_memory,
@@ -94,7 +95,8 @@ def test_what_does_not_fit_is_refused_with_every_number() -> None:
     with pytest.raises(MemoryBudgetError) as caught:
         plan_memory(manifest(), machine(200 * MIB, process=7, limit=GIB), EngineOptions())
     message = caught.value.message
-    for part in (WEIGHTS, RUNTIME_BYTES, 256 * 46080, 200 * MIB, 200 * MIB + 7, GIB):
+    runtime = RUNTIME_BYTES + 49152 * TOKENIZER_ENTRY_BYTES
+    for part in (WEIGHTS, runtime, 256 * 46080, 200 * MIB, 200 * MIB + 7, GIB):
         assert str(part) in message
     assert caught.value.hint is not None
 
