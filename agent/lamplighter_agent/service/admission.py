@@ -92,6 +92,7 @@ class Ticket:
         self.number = number
         self.arrived_s = time.monotonic()
         self.worker: EngineWorker | None = None
+        self.cancelled = False
         self._queue = queue
         # Bounded by the request's max_tokens: a slow reader costs at most the length of its answer.
         self._events: asyncio.Queue[Event | LamplighterError] = asyncio.Queue()
@@ -229,11 +230,12 @@ class RequestQueue:
 
     def cancel_ticket(self, ticket: Ticket) -> None:
         """Cancel one request; without effect once it is over."""
+        ticket.cancelled = True
         if ticket in self._running:
             if ticket.worker is not None:
                 ticket.worker.cancel(ticket.number)
         elif ticket in self._timers:
-            self._give_up(ticket, RequestError("the request was cancelled while it waited", code=499))
+            self._give_up(ticket, _cancelled())
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until nothing is being answered, for at most ``timeout_s``; then cancel what is left."""
@@ -276,6 +278,8 @@ class RequestQueue:
         )
         parts: list[str] = []
         try:
+            if ticket.cancelled:  # since its start was decided: the worker does not know it yet
+                raise _cancelled()
             async for event in worker.generate(ticket.number, request.prompt, params):
                 if isinstance(event, Finished):
                     ticket.put(self._answer(event, parts, waited_s, worker))
@@ -353,6 +357,10 @@ class RequestQueue:
         self._remembered[key] = (_digest(request), until_s)
         while len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
+
+
+def _cancelled() -> RequestError:
+    return RequestError("the request was cancelled while it waited", code=499)
 
 
 def _digest(request: GenerationRequest) -> bytes:

@@ -357,7 +357,7 @@ _REPLY_DECODER: Final[msgspec.json.Decoder[Reply]] = msgspec.json.Decoder(
     DeltaReply | FinalReply | ErrorReply | ResultReply
 )
 _UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
-_AT_PATH = re.compile(r"at `\$\.?(.*?)`")
+_AT_PATH = re.compile(r"at `\$\.?(\w+)")
 
 
 def _decode(payload: bytes, kind: type[_M], what: str) -> _M:

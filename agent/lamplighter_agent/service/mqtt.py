@@ -53,7 +53,7 @@ class MqttConnection:
     Args:
         config: The broker.
         client_id: Stable id of this client.
-        subscriptions: Topic filters.
+        subscriptions: Topic filters, at least one.
         handlers: What to call.
 
     Raises:
@@ -268,12 +268,7 @@ class MqttConnection:
             self._note_failure(f"the broker refused the connection: {code}")
             return
         self._failure = ""
-        if self._subscriptions:
-            self._subscribe()
-        self.connections += 1
-        self.connected = True
-        logger.info("connected to the broker %s:%d", self._config.host, self._config.port)
-        self._call(self._handlers.connected, self.connections)
+        self._subscribe()
 
     def _subscribe(self) -> None:
         if not self._v5:
@@ -303,6 +298,11 @@ class MqttConnection:
         for subscription, code in zip(self._subscriptions, codes, strict=False):
             if code.is_failure:
                 logger.error("the broker refused the subscription to %s: %s", subscription.topic, code)
+        # Only now may the device be called online: what is sent to it from here on arrives.
+        self.connections += 1
+        self.connected = True
+        logger.info("connected to the broker %s:%d", self._config.host, self._config.port)
+        self._call(self._handlers.connected, self.connections)
 
     def _on_disconnect(
         self,

@@ -22,7 +22,7 @@ from lamplighter_agent.service.messages import error_reply
 from lamplighter_agent.service.worker_messages import Prompt
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
-_AT_PATH = re.compile(r"at `\$\.?(.*?)`")
+_AT_PATH = re.compile(r"at `\$\.?(\w+)")
 _FINISH: Final[dict[FinishReason, str]] = {
     "stop": "stop",
     "length": "length",

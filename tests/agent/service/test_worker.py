@@ -81,7 +81,7 @@ def test_leaving_the_iterator_cancels_the_request(spec: WorkerSpec) -> None:
         ) as worker:
             events = worker.generate("r", Prompt(text="/slow"), GenerationParams())
             await anext(events)
-            await events.aclose()  # type: ignore[attr-defined]
+            await events.aclose()
             assert worker.active == 0
             # The only slot is free again, or this would wait behind an endless answer.
             text, _ = await asyncio.wait_for(answer(worker, "next"), 5)
