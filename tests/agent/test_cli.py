@@ -1,0 +1,99 @@
+"""The agent's commands on a real package: what they print and how they end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lamplighter_agent.cli import main
+
+CLI = [sys.executable, "-m", "lamplighter_agent"]
+
+
+def test_generate_prints_text_and_json_says_the_same(tiny_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", str(tiny_package), "hello", "--max-tokens", "6", "--temperature", "0"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["text"] == text.removesuffix("\n")
+    assert answer["package"] == "tiny/1.0.0"
+    assert answer["usage"]["generated_tokens"] <= 6
+
+
+def test_without_a_prompt_it_chats_until_the_input_ends(tiny_package: Path) -> None:
+    chat = subprocess.run(
+        [*CLI, "generate", str(tiny_package), "--max-tokens", "4", "--temperature", "0"],
+        input="hello\n\n/reset\nhello\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert chat.returncode == 0, chat.stderr
+    answers = chat.stdout.split("> ")
+    assert answers[1] == answers[4]  # prompts: hello, an empty line, /reset, hello again, end of input
+
+
+def test_verify_lists_every_file(tiny_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tiny_package)]) == 0
+    output = capsys.readouterr().out
+    for name in ("model.onnx", "model.onnx.data", "tokenizer.json"):
+        assert name in output
+
+
+def test_verify_names_the_changed_file_and_fails_as_a_package_error(
+    tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(tiny_package, package)
+    with (package / "model.onnx.data").open("r+b") as stream:
+        stream.write(b"\xff\xff")
+    assert main(["verify", str(package), "--json"]) == 4
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["error"]["reason"] == "hash_mismatch"
+    assert "model.onnx.data" in captured.err
+
+
+def test_bench_gives_every_figure_and_the_ratio_to_the_bare_loop(
+    tiny_package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--runs", "1", "--prompt-tokens", "16", "--generated-tokens", "8"]
+    assert main(["bench", str(tiny_package), *sizes, "--prepared", str(tmp_path / "prepared"), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["prepared"] is True
+    for name in ("decode_tokens_per_s", "prefill_tokens_per_s", "first_token_s", "peak_rss_bytes", "decode_ratio"):
+        assert figures[name] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["generate", "/nowhere", "hi"], 4, "/nowhere"),
+        (["run", "--config", "/nowhere.yaml"], 3, "/nowhere.yaml"),
+        (["run", "--set", "mqtt.hots=x"], 3, "did you mean 'mqtt.host'?"),
+        (["status", "--socket", "/nowhere.sock"], 9, "no agent listens on /nowhere.sock"),
+        (["status", "--set", "local_api.socket=null"], 3, "--socket"),
+        (["pull", "a/1", "--from", "/nowhere"], 3, "root_file"),
+    ],
+)
+def test_errors_say_what_to_do_and_tell_their_family(
+    arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == code
+    assert words in capsys.readouterr().err
+
+
+def test_an_option_out_of_range_is_named(tiny_package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(tiny_package), "hi", "--top-p", "1.5"]) == 8
+    assert "top_p" in capsys.readouterr().err
+
+
+def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    assert "Manifest" in json.loads(capsys.readouterr().out)["$defs"]
