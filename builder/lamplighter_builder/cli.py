@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -71,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": error.to_dict()}, ensure_ascii=False))
         print(f"lamplighter-builder: {error.diagnostics()}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("lamplighter-builder: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return code
 
 
@@ -81,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_build(commands)
     _add_inspect(commands)
+    _add_evaluate(commands)
     return parser
 
 
@@ -106,6 +112,15 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.set_defaults(run=run_inspect)
 
 
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser("evaluate", help="compare a package with the checkpoint that it was built from")
+    evaluate.add_argument("package", type=Path, help="package directory")
+    evaluate.add_argument("--reference", required=True, type=Path, help="a Hugging Face directory or a GGUF file")
+    evaluate.add_argument("--text", required=True, type=Path, help="UTF-8 text to compare on")
+    evaluate.add_argument("--json", action="store_true", help="print as JSON")
+    evaluate.set_defaults(run=run_evaluate)
+
+
 def run_build(arguments: argparse.Namespace) -> int:
     """Build a package.
 
@@ -126,9 +141,12 @@ def run_build(arguments: argparse.Namespace) -> int:
         chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),
     )
     progress = TerminalProgress(sys.stderr)
+    # A build that is told to end unwinds, so that it leaves nothing behind.
+    previous = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         manifest = build_package(checkpoint, options, progress)
     finally:
+        signal.signal(signal.SIGTERM, previous)
         progress.close()
     if arguments.json:
         facts = {"package": manifest.reference, "directory": str(arguments.output), "bytes": manifest.total_bytes}
@@ -152,6 +170,25 @@ def run_inspect(arguments: argparse.Namespace) -> int:
         return 0
     for key, value in facts.items():
         print(f"{key}: {value if not isinstance(value, dict) else ', '.join(f'{k} {v}' for k, v in value.items())}")
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Compare a package with its reference.
+
+    Raises:
+        LamplighterError: If one of them cannot be used.
+    """
+    from lamplighter_builder.parity import evaluate_package
+
+    parity = evaluate_package(arguments.package, arguments.reference, arguments.text)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(parity)))
+    else:
+        print(
+            f"{parity.tokens} tokens: KL {parity.kl_mean:.4f} nats, top-1 agreement {parity.top1_agreement:.1%}, "
+            f"largest difference of a logit {parity.max_difference:.3g}"
+        )
     return 0
 
 

@@ -10,9 +10,11 @@ from typing import Final, Self
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lamplighter_agent.errors import BuildError
+from lamplighter_agent.errors import BuildError, ConfigError, MissingFileError
+from lamplighter_agent.package.layout import MODEL_NAME, TOKENIZER_NAME
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.runner import IntArray, Runner
 
@@ -58,6 +60,11 @@ class Reference:
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise BuildError(f"{path}: transformers cannot load it as a reference: {error}") from error
         return cls(model)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self._model.config.vocab_size)
 
     def logits(self, tokens: IntArray, mask: IntArray | None = None) -> FloatArray:
         """Return float32 [B, S, V] for int64 tokens [B, S]; ``mask`` marks the real ones with 1."""
@@ -115,3 +122,32 @@ def compare_on_tokens(reference: Reference, runner: Runner, tokens: Sequence[int
         kl_mean=sum(part.kl_mean * part.tokens for part in parts) / total,
         top1_agreement=sum(part.top1_agreement * part.tokens for part in parts) / total,
     )
+
+
+def evaluate_package(package: Path, reference: Path, text: Path) -> Parity:
+    """Compare a package with the checkpoint that it was built from on a text of one's own.
+
+    Args:
+        package: Directory with ``model.onnx`` and ``tokenizer.json``.
+        reference: A Hugging Face directory or a GGUF file.
+        text: A UTF-8 file.
+
+    Raises:
+        ConfigError: If the text cannot be read, is empty or is not UTF-8.
+        BuildError: If the reference cannot be loaded or has another vocabulary.
+        MissingFileError: If the package lacks a file.
+    """
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{text}: cannot be read as UTF-8 text: {error}") from error
+    for name in (MODEL_NAME, TOKENIZER_NAME):
+        if not (package / name).is_file():
+            raise MissingFileError(f"{package}: there is no {name}", hint="give the directory of a package")
+    tokens = Tokenizer.from_file(str(package / TOKENIZER_NAME)).encode(content).ids
+    if not tokens:
+        raise ConfigError(f"{text}: holds no text")
+    loaded = Reference.load(reference)
+    if max(tokens) >= loaded.vocab_size:
+        raise BuildError(f"{reference}: has {loaded.vocab_size} tokens, but the package's tokenizer has more")
+    return compare_on_tokens(loaded, Runner(package / MODEL_NAME), tokens)

@@ -77,6 +77,22 @@ def test_hub_id_without_a_network_is_a_checkpoint_error(
     assert not (tmp_path / "p").exists()
 
 
+def test_evaluate(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    package, text = tmp_path / "package", tmp_path / "text.txt"
+    text.write_text("The lamps along the harbour. " * 8)
+    assert main(["build", "-m", str(tiny_checkpoint), "-o", str(package), "-p", "fp32"]) == 0
+    capsys.readouterr()
+    arguments = ["evaluate", str(package), "--reference", str(tiny_checkpoint), "--text", str(text)]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["top1_agreement"] == 1.0
+    assert found["kl_mean"] < 1e-6
+    assert main(["evaluate", str(tmp_path), *arguments[2:]]) == 4  # no package
+    for content in (b"\xff\xfe\xff", b""):
+        text.write_bytes(content)
+        assert main(arguments) == 3
+
+
 def test_wrong_call_exits_with_two() -> None:
     with pytest.raises(SystemExit) as caught:
         main(["build", "-p", "int3"])
