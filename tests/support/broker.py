@@ -38,12 +38,14 @@ class Broker:
 
     Args:
         folder: Its working directory, where its database lies.
+        config: Its configuration; one without a listener gets the port on the command line.
     """
 
     def __init__(self, folder: Path, config: Path = CONFIG) -> None:
         self.port = free_port()
         self._folder = folder
         self._config = config
+        self._arguments = ["-p", str(self.port)]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -51,7 +53,7 @@ class Broker:
         assert path is not None, "mosquitto is not installed"
         with (self._folder / "mosquitto.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [path, "-c", str(self._config), "-p", str(self.port)],
+                [path, "-c", str(self._config), *self._arguments],
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
                 stderr=log,
@@ -82,11 +84,19 @@ class Broker:
             self._process.wait(10)
             self._process = None
 
+    def use_config(self, text: str) -> None:
+        """Take another configuration, in which ``PORT`` stands for the port."""
+        self._config = self._folder / "mosquitto.conf"
+        self._config.write_text(text.replace("PORT", str(self.port)))
+        self._arguments = []
+
 
 @contextmanager
-def running_broker(folder: Path) -> Iterator[Broker]:
-    """A broker that is stopped at the end."""
+def running_broker(folder: Path, config: str | None = None) -> Iterator[Broker]:
+    """A broker that is stopped at the end; ``config`` is used in place of the shipped one."""
     broker = Broker(folder)
+    if config is not None:
+        broker.use_config(config)
     broker.start()
     try:
         yield broker
@@ -113,15 +123,18 @@ class TestClient:
         port: The broker's.
         topics: Filters to subscribe to before the constructor returns.
         v5: MQTT 5, or 3.1.1.
+        username: User name, or None.
     """
 
     __test__ = False
 
-    def __init__(self, port: int, *topics: str, v5: bool = True) -> None:
+    def __init__(self, port: int, *topics: str, v5: bool = True, username: str | None = None) -> None:
         self.inbox: queue.Queue[Received] = queue.Queue()
         self._v5 = v5
         protocol = MQTTProtocolVersion.MQTTv5 if v5 else MQTTProtocolVersion.MQTTv311
         self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
+        if username is not None:
+            self._client.username_pw_set(username)
         subscribed: queue.Queue[None] = queue.Queue()
         self._client.on_message = lambda _client, _data, message: self.inbox.put(Received(message))
         self._client.on_subscribe = lambda *_arguments: subscribed.put(None)

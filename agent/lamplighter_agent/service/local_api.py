@@ -97,6 +97,7 @@ class LocalApi:
                 application,
                 lifespan="off",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 server_header=False,
                 http="h11",
