@@ -16,6 +16,7 @@ from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.errors import LamplighterError, RequestError
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.delta_batch import DeltaBatch
 from lamplighter_agent.service.messages import (
     CommandMessage,
     DeltaReply,
@@ -43,7 +44,6 @@ from lamplighter_agent.service.worker_messages import Prompt
 logger = logging.getLogger(__name__)
 
 MAX_COMMANDS: Final = 16
-_MAX_DELTA_CHARACTERS: Final = 4096
 _STOP_TIMEOUT_S: Final = 5.0
 
 
@@ -247,7 +247,7 @@ class MqttService:
 
     async def _answer(self, ticket: Ticket, back: _Return, *, stream: bool) -> None:
         request_id = ticket.request.id
-        deltas = _DeltaBatch(
+        deltas = DeltaBatch(
             self._config.mqtt.delta_interval_s, lambda seq, text: self._delta(request_id, back, seq, text)
         )
         try:
@@ -359,45 +359,3 @@ class MqttService:
         task.set_name(name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-class _DeltaBatch:
-    """Collects text and lets it out at once first, then at most once an interval.
-
-    Args:
-        interval_s: Least time between two deltas.
-        send: Takes the sequence number and the text.
-    """
-
-    def __init__(self, interval_s: float, send: Callable[[int, str], None]) -> None:
-        self.sent = 0
-        self._interval_s = interval_s
-        self._send = send
-        self._text = ""
-        self._next_s = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def add(self, text: str) -> None:
-        """Take in text; it goes out now or soon."""
-        self._text += text
-        if not self._text:
-            return
-        now = asyncio.get_running_loop().time()
-        if now >= self._next_s or len(self._text) >= _MAX_DELTA_CHARACTERS:
-            self._flush()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._next_s - now, self._flush)
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._text:
-            text, self._text = self._text[:_MAX_DELTA_CHARACTERS], self._text[_MAX_DELTA_CHARACTERS:]
-            self._send(self.sent, text)
-            self.sent += 1
-            self._next_s = asyncio.get_running_loop().time() + self._interval_s

@@ -49,7 +49,7 @@ def state(tmp_path: Path) -> Path:
     store = Store(tmp_path / "state", reserve_bytes=0)
     with store.lock():
         for entry in manifest.files:
-            blob = store.blob_path(entry)
+            blob = store.blobs.path(entry)
             blob.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(package / entry.name, blob)
         store.stage((package / "manifest.json").read_bytes())

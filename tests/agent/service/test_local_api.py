@@ -228,7 +228,9 @@ def test_the_socket_has_its_mode_and_goes_at_the_end(socket_path: Path) -> None:
 def test_a_stale_socket_is_replaced(socket_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(socket_path))
-    unix_socket.listen(socket_path, mode=0o660, group=None).close()
+    with unix_socket.listen(socket_path, mode=0o660, group=None), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(socket_path))
+        assert stat.S_IMODE(socket_path.stat().st_mode) == 0o660
 
 
 def test_a_socket_in_use_is_an_error_that_says_so(socket_path: Path) -> None:

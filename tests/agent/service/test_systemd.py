@@ -39,8 +39,9 @@ def test_the_watchdog_of_another_process_is_not_ours() -> None:
     assert ServiceManager.from_environment(environment).watchdog_s is None
 
 
-def test_without_a_service_manager_nothing_happens() -> None:
+def test_without_a_service_manager_nothing_happens(caplog: pytest.LogCaptureFixture) -> None:
     ServiceManager.from_environment({}).ready("nobody listens")
+    assert caplog.text == ""
 
 
 def test_a_service_manager_that_is_gone_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
