@@ -11,11 +11,11 @@ from typing import Final
 
 from tuf.api.metadata import TargetFile
 
-from lamplighter_agent.errors import HashMismatchError, ManifestError, MissingFileError, PackageError
+from lamplighter_agent.errors import HashMismatchError, MissingFileError, PackageError
 from lamplighter_agent.package.durable import make_directory, move, storage_errors, write_file
 from lamplighter_agent.package.hashing import digest_file, verify_file
-from lamplighter_agent.package.layout import MANIFEST_NAME, MAX_MANIFEST_BYTES
-from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest
+from lamplighter_agent.package.layout import MANIFEST_NAME
+from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest, read_manifest_bytes
 from lamplighter_fleet.repository import Repository, Signed
 
 _BLOCK_BYTES: Final = 1024 * 1024
@@ -85,7 +85,7 @@ def publish_package(
         ConfigError: If a key cannot be used.
         StoreError: If the repository cannot be written; what it showed it shows still.
     """
-    manifest_bytes = _read_manifest(package)
+    manifest_bytes = read_manifest_bytes(package)
     manifest = decode_manifest(manifest_bytes, origin=str(package / MANIFEST_NAME))
     _verify_files(package, manifest)
     digest = hashlib.sha256(manifest_bytes).hexdigest()
@@ -109,16 +109,6 @@ def publish_package(
             files[path] = TargetFile.from_data(path, manifest_bytes, ["sha256"])
             signed = repository.sign_targets(files, before)
     return Publication(manifest.reference, digest, new_bytes, manifest.total_bytes - new_bytes, signed)
-
-
-def _read_manifest(package: Path) -> bytes:
-    path = package / MANIFEST_NAME
-    try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise ManifestError(f"{path}: larger than the {MAX_MANIFEST_BYTES} bytes that a manifest may have")
-        return path.read_bytes()
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read: {error.strerror}", hint="name a package directory") from error
 
 
 def _verify_files(package: Path, manifest: Manifest) -> None:

@@ -59,7 +59,7 @@ class Acquirer:
         """
         attempt.enter(UpdateState.CHECKING)
         try:
-            manifest_bytes = self.repository.fetch_manifest(attempt.desired.reference)
+            manifest_bytes, _ = self.repository.fetch_manifest(attempt.desired.reference)
         finally:
             attempt.file = self.repository.last_file
         attempt.manifest_sha256 = hashlib.sha256(manifest_bytes).hexdigest()
@@ -88,18 +88,18 @@ class Acquirer:
         """Check that package and prepared weights fit, removing what is not needed if they do not."""
         extra_bytes = manifest.memory.weights_bytes
         try:
-            self.store.preflight(manifest, extra_bytes=extra_bytes)
+            self.store.blobs.preflight(manifest, extra_bytes=extra_bytes)
         except DiskFullError as error:
             logger.info("pruning the store: %s", error)
             self.store.prune(keep_blobs_of=manifest)
-            self.store.preflight(manifest, extra_bytes=extra_bytes)
+            self.store.blobs.preflight(manifest, extra_bytes=extra_bytes)
 
     def _fetch_and_stage(self, attempt: Attempt, manifest: Manifest, manifest_bytes: bytes) -> InstalledPackage:
         attempt.enter(UpdateState.DOWNLOADING)
         try:
             self._download(attempt, manifest)
         except DiskFullError:
-            self.store.discard_parts(manifest)
+            self.store.blobs.discard_parts(manifest)
             raise
         attempt.enter(UpdateState.VERIFYING)
         package = self.store.stage(manifest_bytes)
@@ -114,8 +114,8 @@ class Acquirer:
         return package
 
     def _download(self, attempt: Attempt, manifest: Manifest) -> None:
-        missing = self.store.missing_blobs(manifest)
-        arrived = _Arrived(self.store.bytes_present(manifest), manifest.total_bytes)
+        missing = self.store.blobs.missing(manifest)
+        arrived = _Arrived(self.store.blobs.bytes_present(manifest), manifest.total_bytes)
         attempt.progress(*arrived.figures())
         if not missing:
             return
@@ -138,7 +138,7 @@ class Acquirer:
         wait(waiting)
 
     def _download_blob(self, entry: FileEntry, arrived: _Arrived) -> None:
-        path = self.store.blob_path(entry)
+        path = self.store.blobs.path(entry)
         repository_path = f"blobs/sha256/{entry.sha256}"
         self.downloader.fetch_file(repository_path, entry, path, lambda count: arrived.count(entry.sha256, count))
 

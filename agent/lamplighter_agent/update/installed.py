@@ -8,8 +8,8 @@ from pathlib import Path
 from lamplighter_agent.errors import ManifestError
 from lamplighter_agent.package.durable import storage_errors
 from lamplighter_agent.package.hashing import verify_file
-from lamplighter_agent.package.layout import MANIFEST_NAME, MAX_MANIFEST_BYTES
-from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_agent.package.layout import MANIFEST_NAME
+from lamplighter_agent.package.manifest import Manifest, read_manifest
 from lamplighter_agent.update.states import PackageRef
 
 
@@ -28,22 +28,6 @@ class InstalledPackage:
     manifest: Manifest
 
 
-def read_manifest(directory: Path) -> bytes:
-    """Return the manifest file of a package directory, undecoded.
-
-    Raises:
-        ManifestError: If there is none, or it is larger than any manifest may be.
-        OSError: If it cannot be read.
-    """
-    path = directory / MANIFEST_NAME
-    size = regular_size(path)
-    if size is None:
-        raise ManifestError(f"{path}: there is no such file", hint="name a package directory")
-    if size > MAX_MANIFEST_BYTES:
-        raise ManifestError(f"{path}: {size} bytes, but a manifest may have at most {MAX_MANIFEST_BYTES}")
-    return path.read_bytes()
-
-
 def verify_package(directory: Path) -> Manifest:
     """Check a package directory anywhere on the disk against its own manifest, and that nothing else lies in it.
 
@@ -54,7 +38,7 @@ def verify_package(directory: Path) -> Manifest:
         StoreError: If the disk fails.
     """
     with storage_errors(f"reading {directory}"):
-        manifest = decode_manifest(read_manifest(directory), origin=str(directory / MANIFEST_NAME))
+        manifest = read_manifest(directory)
         for entry in manifest.files:
             verify_file(directory / entry.name, entry)
         listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lamplighter_agent.errors import (
-    DiskFullError,
     HashMismatchError,
     ManifestError,
     MissingFileError,
@@ -34,19 +33,17 @@ from lamplighter_agent.package.durable import (
     make_directory,
     move,
     remove_directory,
-    remove_file,
     storage_errors,
     sync_directory,
     write_file,
 )
 from lamplighter_agent.package.hashing import verify_file
-from lamplighter_agent.package.layout import MANIFEST_NAME, check_sha256
-from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest
-from lamplighter_agent.update.installed import InstalledPackage, read_manifest, regular_size
+from lamplighter_agent.package.layout import MANIFEST_NAME
+from lamplighter_agent.package.manifest import Manifest, decode_manifest, read_manifest, read_manifest_bytes
+from lamplighter_agent.update.blobs import BlobStore
+from lamplighter_agent.update.installed import InstalledPackage, regular_size
 from lamplighter_agent.update.links import PackageLink
 from lamplighter_agent.update.states import PackageRef
-
-_PART = ".part"
 
 
 class Store:
@@ -61,9 +58,8 @@ class Store:
 
     def __init__(self, root: Path, *, reserve_bytes: int = 64 * 1024 * 1024) -> None:
         self.root = root
-        self._reserve_bytes = reserve_bytes
         self.metadata_dir = root / "metadata"
-        self.blobs_dir = root / "blobs"
+        self.blobs = BlobStore(root / "blobs", reserve_bytes=reserve_bytes)
         self.packages_dir = root / "packages"
         self.prepared_dir = root / "prepared"
         self.staging_dir = root / "staging"
@@ -78,7 +74,7 @@ class Store:
             StoreError: If another process, or another update of this one, holds it, or the store is not writable.
         """
         with storage_errors(f"opening the store in {self.root}"):
-            for directory in (self.blobs_dir, self.packages_dir, self.prepared_dir, self.staging_dir):
+            for directory in (self.blobs.directory, self.packages_dir, self.prepared_dir, self.staging_dir):
                 make_directory(directory)
             descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -146,8 +142,7 @@ class Store:
                     f"{reference} is not installed in {self.root}",
                     hint="installed: " + (", ".join(map(str, self.installed())) or "nothing"),
                 )
-            data = read_manifest(path)
-        manifest = decode_manifest(data, origin=str(path / MANIFEST_NAME))
+        manifest = read_manifest(path)
         if manifest.reference != str(reference):
             raise ManifestError(f"{path / MANIFEST_NAME}: describes {manifest.reference}, not {reference}")
         return InstalledPackage(reference, path, manifest)
@@ -169,49 +164,6 @@ class Store:
                 with storage_errors(f"reading {package.path / entry.name}"):
                     verify_file(package.path / entry.name, entry)
 
-    def blob_path(self, entry: FileEntry) -> Path:
-        """Return where a file's content lies, or will lie.
-
-        Raises:
-            ManifestError: If the digest is not one.
-        """
-        return self.blobs_dir / check_sha256(entry.sha256, entry.name)
-
-    def missing_blobs(self, manifest: Manifest) -> tuple[FileEntry, ...]:
-        """Return one entry for each content of the package that is not in the store."""
-        missing: dict[str, FileEntry] = {}
-        for entry in manifest.files:
-            if regular_size(self.blob_path(entry)) != entry.length:
-                missing.setdefault(entry.sha256, entry)
-        return tuple(missing.values())
-
-    def bytes_present(self, manifest: Manifest) -> int:
-        """Return how much of a package is here, unfinished files included."""
-        missing = {entry.sha256: self._part_bytes(entry) for entry in self.missing_blobs(manifest)}
-        return sum(missing.get(entry.sha256, entry.length) for entry in manifest.files)
-
-    def preflight(self, manifest: Manifest, *, extra_bytes: int = 0) -> None:
-        """Check that what is missing fits onto the disk.
-
-        Args:
-            manifest: The wanted package.
-            extra_bytes: Space needed after the download, for example for the prepared weights.
-
-        Raises:
-            DiskFullError: If it does not fit beside the reserve.
-            StoreError: If the file system cannot be asked.
-        """
-        needed = extra_bytes + sum(e.length - self._part_bytes(e) for e in self.missing_blobs(manifest))
-        with storage_errors(f"asking for the free space of {self.root}"):
-            status = os.statvfs(self.root)
-        free = status.f_bavail * status.f_frsize
-        if needed + self._reserve_bytes > free:
-            raise DiskFullError(
-                f"{manifest.reference} needs {needed} more bytes beside a reserve of {self._reserve_bytes}, but "
-                f"{self.root} has {free} free",
-                hint="free some space, or lower repository.disk_reserve_mb",
-            )
-
     def stage(self, manifest_bytes: bytes) -> InstalledPackage:
         """Make the package directory from blobs that are all in the store; one that is complete is kept.
 
@@ -227,7 +179,7 @@ class Store:
         reference = PackageRef(manifest.name, manifest.version)
         path = self._package_dir(reference)
         with storage_errors(f"staging {reference} in {self.root}"):
-            if regular_size(path / MANIFEST_NAME) is not None and read_manifest(path) != manifest_bytes:
+            if regular_size(path / MANIFEST_NAME) is not None and read_manifest_bytes(path) != manifest_bytes:
                 self.discard(reference)
             if path.is_dir():
                 self._relink(path, manifest)
@@ -297,7 +249,7 @@ class Store:
         """Take every file out of a staged package, and its blob out of the store, that is not as signed.
 
         Returns:
-            The names of those files. `missing_blobs` then lists them, and `stage` links them anew.
+            The names of those files. `BlobStore.missing` then lists them, and `stage` links them anew.
 
         Raises:
             StoreError: If the file system refuses.
@@ -308,20 +260,8 @@ class Store:
                 self.verify(package, only={entry.name})
             except (MissingFileError, HashMismatchError):
                 bad.append(entry.name)
-                with storage_errors(f"removing the damaged {entry.name}"):
-                    remove_file(self.blob_path(entry))
+                self.blobs.discard(entry)
         return tuple(bad)
-
-    def discard_parts(self, manifest: Manifest) -> None:
-        """Remove what an unfinished download of a package left, to give the space back.
-
-        Raises:
-            StoreError: If the file system refuses.
-        """
-        with storage_errors(f"removing unfinished downloads of {manifest.reference}"):
-            for entry in manifest.files:
-                blob = self.blob_path(entry)
-                remove_file(blob.with_name(blob.name + _PART))
 
     def prune(self, keep: Collection[PackageRef] = (), *, keep_blobs_of: Manifest | None = None) -> None:
         """Remove packages, blobs and prepared weights that nothing needs.
@@ -340,7 +280,7 @@ class Store:
         wanted = {entry.sha256 for entry in keep_blobs_of.files} if keep_blobs_of else set()
         prefixes = tuple(f"{reference.name}-{reference.version}-" for reference in kept if reference is not None)
         with storage_errors(f"pruning {self.root}"):
-            self._remove_unused_blobs(wanted)
+            self.blobs.remove_unused(wanted)
             for prepared in _children(self.prepared_dir):
                 if not prepared.name.startswith(prefixes):
                     remove_directory(prepared, self.staging_dir / "removed-prepared")
@@ -350,14 +290,6 @@ class Store:
             for rubbish in _children(self.staging_dir):
                 if rubbish.name.startswith(("package-", "removed-")):
                     remove_directory(rubbish, self.staging_dir / "removed")
-
-    def _remove_unused_blobs(self, wanted: Collection[str]) -> None:
-        for blob in _children(self.blobs_dir):
-            digest = blob.name.removesuffix(_PART)
-            # A blob that is linked from a package directory has more than one name.
-            if digest not in wanted and blob.stat().st_nlink == 1:
-                blob.unlink()
-        sync_directory(self.blobs_dir)
 
     def _build(self, path: Path, manifest: Manifest, manifest_bytes: bytes) -> None:
         workplace = self.staging_dir / f"package-{manifest.name}-{manifest.version}"
@@ -372,7 +304,7 @@ class Store:
     def _relink(self, directory: Path, manifest: Manifest) -> None:
         """Make every file of the directory a hard link to its blob, replacing what is something else."""
         for entry in manifest.files:
-            blob, place = self.blob_path(entry), directory / entry.name
+            blob, place = self.blobs.path(entry), directory / entry.name
             if not blob.is_file():
                 raise MissingFileError(f"{entry.name}: its content {entry.sha256} is not in the store")
             if place.exists() and place.samefile(blob):
@@ -389,10 +321,6 @@ class Store:
 
     def _package_dir(self, reference: PackageRef) -> Path:
         return self.packages_dir / reference.name / reference.version
-
-    def _part_bytes(self, entry: FileEntry) -> int:
-        blob = self.blob_path(entry)
-        return min(regular_size(blob.with_name(blob.name + _PART)) or 0, entry.length)
 
 
 def _children(directory: Path) -> list[Path]:

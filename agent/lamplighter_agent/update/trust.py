@@ -13,8 +13,9 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
 from tuf.api import exceptions
 from tuf.api.metadata import Metadata, TargetFile, Targets
@@ -63,6 +64,18 @@ def read_root(path: Path) -> bytes:
         ) from error
 
 
+class SignedFile(NamedTuple):
+    """A target as it was published.
+
+    Attributes:
+        data: Its bytes.
+        custom: What the signers said about it besides length and hashes, undecoded, or None.
+    """
+
+    data: bytes
+    custom: object
+
+
 class TrustedRepository:
     """The signed side of a repository.
 
@@ -73,13 +86,24 @@ class TrustedRepository:
         root: The provisioned root metadata.
         metadata_dir: Where trusted metadata is kept.
         scratch_dir: A directory for work in progress, removed and made anew.
+        not_before: A time that has passed for certain: metadata that expired before it is refused although this
+            device's clock may be behind. None leaves the question to the clock.
     """
 
-    def __init__(self, downloader: Downloader, *, root: bytes, metadata_dir: Path, scratch_dir: Path) -> None:
+    def __init__(
+        self,
+        downloader: Downloader,
+        *,
+        root: bytes,
+        metadata_dir: Path,
+        scratch_dir: Path,
+        not_before: datetime | None = None,
+    ) -> None:
         self._downloader = downloader
         self._root = root
         self._metadata_dir = metadata_dir
         self._scratch_dir = scratch_dir
+        self._not_before = not_before
         self._fetcher = _Fetcher(downloader)
         self._updater: Updater | None = None
 
@@ -115,6 +139,7 @@ class TrustedRepository:
                 updater.refresh()
         finally:
             self._keep_trusted()
+        self._check_expiry()
         self._updater = updater
 
     def packages(self) -> tuple[PackageRef, ...]:
@@ -137,8 +162,12 @@ class TrustedRepository:
                 logger.warning("the repository signs %r, which is no package name and version", path)
         return tuple(sorted(references))
 
-    def fetch_manifest(self, reference: PackageRef) -> bytes:
+    def fetch_manifest(self, reference: PackageRef, *, known: bytes | None = None) -> SignedFile:
         """Return the signed manifest of a package, as it was published.
+
+        Args:
+            reference: Which package.
+            known: The manifest that is on this device, or None: if it is the signed one, nothing is transferred.
 
         Raises:
             UnknownPackageError: If no such package is signed.
@@ -146,37 +175,66 @@ class TrustedRepository:
             TooLongError: If it is longer than signed, or longer than any manifest may be.
             The errors of `check`, when it was not called before.
         """
+        signed = self.fetch(f"{reference}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES, known=known)
+        if signed is None:
+            raise UnknownPackageError(
+                f"{reference} is not among the packages that the repository signs",
+                hint="publish it first; the versions on offer: " + (self._versions_of(reference.name) or "none"),
+            )
+        return signed
+
+    def fetch(self, path: str, max_bytes: int, *, known: bytes | None = None) -> SignedFile | None:
+        """Return a signed target, or None if no such target is signed.
+
+        Args:
+            path: The target's path, as it is signed.
+            max_bytes: Upper bound of its length.
+            known: What an earlier call gave, or None: if that is what is signed now, nothing is transferred.
+
+        Raises:
+            HashMismatchError: If the bytes are not those that were signed.
+            TooLongError: If it is longer than signed, or than ``max_bytes``.
+            The errors of `check`, when it was not called before.
+        """
         updater = self._checked()
-        path = f"{reference}/{MANIFEST_NAME}"
         try:
             with self._tuf_errors(), storage_errors("keeping the trusted metadata"):
                 target = updater.get_targetinfo(path)
         finally:
             self._keep_trusted()
         if target is None:
-            raise UnknownPackageError(
-                f"{reference} is not among the packages that the repository signs",
-                hint="publish it first; the versions on offer: " + (self._versions_of(reference.name) or "none"),
-            )
-        if target.length > MAX_MANIFEST_BYTES:
-            raise TooLongError(f"{path}: {target.length} bytes, but a manifest has at most {MAX_MANIFEST_BYTES}")
-        return self._fetch_target(path, target)
+            return None
+        if target.length > max_bytes:
+            raise TooLongError(f"{path}: {target.length} bytes, but at most {max_bytes} are allowed")
+        if known is not None and _is_signed(target, known):
+            return SignedFile(known, target.custom)
+        return SignedFile(self._fetch_target(path, target), target.custom)
 
     def _fetch_target(self, path: str, target: TargetFile) -> bytes:
-        digest = target.hashes.get("sha256")
-        if digest is None:
-            raise MetadataError(f"targets.json: {path} is listed without a sha256")
-        directory, _, name = path.rpartition("/")
-        place = f"{_TARGETS}{directory}/{digest}.{name}"
+        digest = target.hashes.get("sha256") or next(iter(target.hashes.values()))
+        directory, slash, name = path.rpartition("/")
+        place = f"{_TARGETS}{directory}{slash}{digest}.{name}"
         self._fetcher.last_path = place
         data = self._downloader.fetch_bytes(place, target.length)
         try:
             target.verify_length_and_hashes(data)
         except exceptions.LengthOrHashMismatchError as error:
-            raise HashMismatchError(
-                f"{self._downloader.describe(place)}: the manifest is not the signed one: {error}"
-            ) from error
+            raise HashMismatchError(f"{self._downloader.describe(place)}: not the signed file: {error}") from error
         return data
+
+    def _check_expiry(self) -> None:
+        """Refuse metadata that had expired at a time which has passed for certain."""
+        if self._not_before is None:
+            return
+        with self._tuf_errors(), storage_errors("reading the trusted metadata"):
+            for name in ("root.json", *_ROLES):
+                metadata: Metadata[Any] = Metadata.from_bytes((self._scratch_dir / name).read_bytes())
+                expires = metadata.signed.expires
+                if expires <= self._not_before:
+                    raise ExpiredMetadataError(
+                        f"{name} expired on {expires:%Y-%m-%d}, and it has been {self._not_before:%Y-%m-%d} already",
+                        hint="refresh the repository's metadata (lamplighter-fleet refresh)",
+                    )
 
     def _versions_of(self, name: str) -> str:
         return ", ".join(reference.version for reference in self.packages() if reference.name == name)
@@ -217,6 +275,14 @@ class TrustedRepository:
 
     def _last_place(self) -> str:
         return self._downloader.describe(self._fetcher.last_path) if self._fetcher.last_path else "the trusted root"
+
+
+def _is_signed(target: TargetFile, data: bytes) -> bool:
+    try:
+        target.verify_length_and_hashes(data)
+    except exceptions.LengthOrHashMismatchError:
+        return False
+    return True
 
 
 def _translate(error: Exception, where: str) -> Exception:

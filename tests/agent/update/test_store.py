@@ -36,13 +36,13 @@ def install(store: Store, reference: PackageRef, *, seed: int | None = None) -> 
     if not built.exists():
         write_package(built, version=reference.version, weights_seed=seed or int(reference.version[0]))
     with store.lock():
-        for entry in store.missing_blobs(load_manifest(built)):
-            shutil.copyfile(built / entry.name, store.blob_path(entry))
+        for entry in store.blobs.missing(load_manifest(built)):
+            shutil.copyfile(built / entry.name, store.blobs.path(entry))
         return store.stage((built / MANIFEST_NAME).read_bytes())
 
 
 def blobs(store: Store) -> int:
-    return len(list(store.blobs_dir.iterdir()))
+    return len(list(store.blobs.directory.iterdir()))
 
 
 def test_empty_store_has_nothing(store: Store) -> None:
@@ -56,7 +56,7 @@ def test_staged_package_is_a_real_directory_of_hard_links(store: Store) -> None:
     assert package.path == store.packages_dir / "tiny" / "1.0.0"
     assert not package.path.is_symlink()
     for entry in package.manifest.files:
-        assert (package.path / entry.name).samefile(store.blob_path(entry))
+        assert (package.path / entry.name).samefile(store.blobs.path(entry))
     assert verify_package(package.path).reference == "tiny/1.0.0"
     assert store.current() is None
 
@@ -152,7 +152,7 @@ def test_link_in_place_of_a_file_counts_as_missing(store: Store) -> None:
     package = install(store, ONE)
     weights = package.path / WEIGHTS_NAME
     weights.unlink()
-    weights.symlink_to(store.blob_path(package.manifest.file("weights")))
+    weights.symlink_to(store.blobs.path(package.manifest.file("weights")))
     with pytest.raises(MissingFileError, match=WEIGHTS_NAME):
         store.verify(package)
 
@@ -170,7 +170,7 @@ def test_bad_file_is_discarded_and_linked_anew(store: Store) -> None:
         stream.write(b"X")
     with store.lock():
         assert store.discard_bad_files(package) == (WEIGHTS_NAME,)
-    assert [entry.name for entry in store.missing_blobs(package.manifest)] == [WEIGHTS_NAME]
+    assert [entry.name for entry in store.blobs.missing(package.manifest)] == [WEIGHTS_NAME]
     store.verify(install(store, ONE))
 
 
@@ -212,8 +212,8 @@ def test_prune_removes_rubbish_of_a_crash(store: Store) -> None:
     install(store, ONE)
     (store.staging_dir / "package-tiny-9").mkdir()
     (store.staging_dir / "removed-package").mkdir()
-    (store.blobs_dir / ("0" * 64)).write_bytes(b"orphan")
-    (store.blobs_dir / ("1" * 64 + ".part")).write_bytes(b"orphan")
+    (store.blobs.directory / ("0" * 64)).write_bytes(b"orphan")
+    (store.blobs.directory / ("1" * 64 + ".part")).write_bytes(b"orphan")
     store.activate(ONE)
     with store.lock():
         store.prune()
@@ -225,7 +225,7 @@ def test_prune_spares_the_blobs_of_the_update_at_work(store: Store) -> None:
     install(store, ONE)
     store.activate(ONE)
     coming = write_package(store.root.parent / "coming", version="2.0.0", weights_seed=2)
-    part = store.blobs_dir / (coming.file("weights").sha256 + ".part")
+    part = store.blobs.directory / (coming.file("weights").sha256 + ".part")
     part.write_bytes(b"half")
     with store.lock():
         store.prune(keep_blobs_of=coming)
@@ -250,15 +250,15 @@ def test_preflight_counts_what_is_missing_only(store: Store, monkeypatch: pytest
         monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
 
     free(WEIGHTS_BYTES)
-    store.preflight(second)
+    store.blobs.preflight(second)
     with pytest.raises(DiskFullError, match=r"tiny/2\.0\.0"):
-        store.preflight(second, extra_bytes=1)
+        store.blobs.preflight(second, extra_bytes=1)
     free(WEIGHTS_BYTES - 1)
     with pytest.raises(DiskFullError):
-        store.preflight(second)
-    part = store.blobs_dir / (second.file("weights").sha256 + ".part")
+        store.blobs.preflight(second)
+    part = store.blobs.directory / (second.file("weights").sha256 + ".part")
     part.write_bytes(b"x")
-    store.preflight(second)
+    store.blobs.preflight(second)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def published(world: World) -> World:
 
 
 def test_signed_manifest_comes_as_it_was_published(published: World) -> None:
-    data = device(published).fetch_manifest(ONE)
+    data = device(published).fetch_manifest(ONE).data
     assert data == (published.path / "built" / "1.0.0" / MANIFEST_NAME).read_bytes()
     assert trusted(published) == {"timestamp": 1, "snapshot": 1, "targets": 1}
 
@@ -193,7 +193,7 @@ def test_endless_metadata_is_refused(published: World) -> None:
 
 def test_changed_manifest_is_refused(published: World) -> None:
     published.server.faults.append(Fault("/targets/", flip_at=50))
-    with pytest.raises(HashMismatchError, match="not the signed one"):
+    with pytest.raises(HashMismatchError, match="not the signed file"):
         device(published).fetch_manifest(ONE)
 
 

@@ -219,7 +219,7 @@ def test_failed_self_test_keeps_the_old_package_and_removes_the_new(world: World
     assert "self_test_mismatch" in (report.message or "")
     check_untouched(world)
     assert world.store.installed() == (FIRST,)
-    assert not (world.store.blobs_dir / Path(blob_of(world, "2.0.0", WEIGHTS_NAME)).name).exists()
+    assert not (world.store.blobs.directory / Path(blob_of(world, "2.0.0", WEIGHTS_NAME)).name).exists()
 
 
 def test_limits_of_the_operator_count(world: World) -> None:
@@ -390,7 +390,7 @@ def test_cancel_ends_a_download_and_keeps_what_came(world: World) -> None:
     report = updater.apply(desired("2.0.0", id="two")).report
     assert (report.state, report.reason) == (UpdateState.CANCELLED, UpdateCancelledError.reason)
     check_untouched(world)
-    assert list(world.store.blobs_dir.glob("*.part"))
+    assert list(world.store.blobs.directory.glob("*.part"))
     assert world.updater().resume() is None
 
 
