@@ -45,8 +45,8 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
         decode_tokens_per_s: The engine, greedy, detokenized.
         bare_prefill_tokens_per_s: The bare loop on the whole prompt at once.
         bare_decode_tokens_per_s: The bare loop, greedy.
-        prefill_ratio: Engine to bare loop.
-        decode_ratio: Engine to bare loop.
+        prefill_ratio: Engine to bare loop, run by run: what else the machine does weighs on both.
+        decode_ratio: The same for decode.
         rss_loaded_bytes: Resident memory after the load.
         rss_anonymous_bytes: Resident memory after the first run that is no file's, so that the system cannot drop it.
         peak_rss_bytes: Highest resident memory after the first run, before the bare loop's.
@@ -120,8 +120,8 @@ def run_bench(
         decode_tokens_per_s=decode,
         bare_prefill_tokens_per_s=bare_prefill,
         bare_decode_tokens_per_s=bare_decode,
-        prefill_ratio=prefill / bare_prefill,
-        decode_ratio=decode / bare_decode,
+        prefill_ratio=_median_ratio(rounds.prefills, rounds.bare_prefills),
+        decode_ratio=_median_ratio(rounds.decodes, rounds.bare_decodes),
         rss_loaded_bytes=rss_loaded,
         rss_anonymous_bytes=rounds.anonymous_bytes,
         peak_rss_bytes=rounds.peak_bytes,
@@ -150,12 +150,14 @@ def _measure(engine: Engine, runs: int, prompt_tokens: int, generated_tokens: in
     rounds = _Rounds()
     for number in range(runs):
         rounds.prefills.append(_engine_timings(engine, long, 1).prompt_tokens_per_s)
+        if number:
+            rounds.bare_prefills.append(bare.prefill_rate(long))
         timings = _engine_timings(engine, short, generated_tokens)
         rounds.decodes.append(timings.generated_tokens_per_s)
         rounds.first_tokens.append(timings.first_token_s)
         if number == 0:
             rounds.anonymous_bytes, rounds.peak_bytes = _memory_bytes("RssAnon"), _memory_bytes("VmHWM")
-        rounds.bare_prefills.append(bare.prefill_rate(long))
+            rounds.bare_prefills.append(bare.prefill_rate(long))
         rounds.bare_decodes.append(bare.decode_rate(short, generated_tokens))
     return rounds
 
@@ -199,6 +201,10 @@ class _BareLoop:
         self._binding.set_logits(logits, start=start)
         self._binding.run()
         return int(logits[0, -1].argmax())
+
+
+def _median_ratio(rates: list[float], bare_rates: list[float]) -> float:
+    return statistics.median(rate / bare for rate, bare in zip(rates, bare_rates, strict=True))
 
 
 def _timed_load(package: Path, options: EngineOptions | None, prepared_root: Path | None) -> tuple[Engine, float]:
