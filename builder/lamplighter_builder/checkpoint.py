@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import ml_dtypes
 import msgspec
@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lamplighter_agent.errors import CheckpointError
+from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import FloatArray
 
-_T = TypeVar("_T", bound=object)
 _DTYPES: Final[Mapping[str, npt.DTypeLike]] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -30,90 +30,6 @@ _DTYPES: Final[Mapping[str, npt.DTypeLike]] = {
 }
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-class Fields:
-    """Typed reading of a JSON object such as ``config.json``.
-
-    Args:
-        values: The object.
-        origin: Where it came from, for messages.
-    """
-
-    def __init__(self, values: Mapping[str, object], origin: str) -> None:
-        self.values, self.origin = values, origin
-
-    def has(self, key: str) -> bool:
-        """Tell whether a field is there and not null."""
-        return self.values.get(key) is not None
-
-    def integer(self, key: str, *, default: int | None = None) -> int:
-        """Return a whole number, ``default`` if the field is missing or null.
-
-        Raises:
-            CheckpointError: If it is of another type, or missing without a default.
-        """
-        return self._read(key, int, "a whole number", default)
-
-    def number(self, key: str, *, default: float | None = None) -> float:
-        """Return a number, ``default`` if the field is missing or null.
-
-        Raises:
-            CheckpointError: If it is of another type, or missing without a default.
-        """
-        value = self.values.get(key)
-        return float(value) if type(value) is int else self._read(key, float, "a number", default)
-
-    def text(self, key: str, *, default: str | None = None) -> str:
-        """Return a string, ``default`` if the field is missing or null.
-
-        Raises:
-            CheckpointError: If it is of another type, or missing without a default.
-        """
-        return self._read(key, str, "a string", default)
-
-    def flag(self, key: str, *, default: bool | None = None) -> bool:
-        """Return true or false, ``default`` if the field is missing or null.
-
-        Raises:
-            CheckpointError: If it is of another type, or missing without a default.
-        """
-        return self._read(key, bool, "true or false", default)
-
-    def section(self, key: str) -> Fields | None:
-        """Return a nested object, or None if it is missing, null or empty.
-
-        Raises:
-            CheckpointError: If it is of another type.
-        """
-        value = self.values.get(key)
-        if value is None or value == {}:
-            return None
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{self.origin}: {key} is {value!r}, but must be an object")
-        return Fields(value, f"{self.origin}: {key}")
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """Return one token id or a list of them as a tuple, empty if missing or null.
-
-        Raises:
-            CheckpointError: If it is anything else.
-        """
-        value = self.values.get(key)
-        found = [] if value is None else value if isinstance(value, list) else [value]
-        if any(type(token) is not int or token < 0 for token in found):
-            raise CheckpointError(f"{self.origin}: {key} is {value!r}, but must be a token id or a list of them")
-        return tuple(found)
-
-    def _read(self, key: str, kind: type[_T], words: str, default: _T | None) -> _T:
-        value = self.values.get(key, default)
-        value = default if value is None else value
-        if value is None:
-            raise CheckpointError(f"{self.origin}: the field {key!r} is missing")
-        # bool is an int for isinstance, but "num_hidden_layers": true is a mistake.
-        if type(value) is not kind:
-            raise CheckpointError(f"{self.origin}: {key} is {value!r}, but must be {words}")
-        return value
 
 
 @dataclass(frozen=True, slots=True)

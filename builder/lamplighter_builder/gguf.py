@@ -16,7 +16,8 @@ import gguf
 import numpy as np
 
 from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
-from lamplighter_builder.checkpoint import Checkpoint, Fields, TensorInfo, TokenizerFiles
+from lamplighter_builder.checkpoint import Checkpoint, TensorInfo, TokenizerFiles
+from lamplighter_builder.fields import Fields
 from lamplighter_builder.gguf_tokenizer import GgufVocabulary, tokenizer_json
 from lamplighter_builder.graph import FloatArray
 

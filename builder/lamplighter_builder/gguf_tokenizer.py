@@ -10,7 +10,7 @@ from typing import Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
-from lamplighter_builder.checkpoint import Fields
+from lamplighter_builder.fields import Fields
 
 _CONTROL, _USER_DEFINED, _UNKNOWN = 3, 4, 2
 _LLAMA3_SPLIT: Final = (

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lamplighter_agent.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from lamplighter_builder.checkpoint import Fields
-    from lamplighter_builder.models.decoder import CausalLM, DecoderConfig, Parts
+from lamplighter_builder.models.decoder import Architecture
 
 MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType({"llama": "llama"})
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What a file in ``models/`` exports as ``ARCHITECTURE``.
-
-    Attributes:
-        read_config: From the fields of a ``config.json`` to the decoder's config.
-        model: From config and parts to the decoder.
-    """
-
-    read_config: Callable[[Fields], DecoderConfig]
-    model: Callable[[DecoderConfig, Parts], CausalLM]
 
 
 def find_architecture(model_type: str) -> Architecture:

@@ -8,12 +8,21 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
+from lamplighter_agent.errors import BuildError
 from lamplighter_builder.graph import FloatArray
 
 IntArray = npt.NDArray[np.int64]
-_THREADS: Final = 0
-"""onnxruntime chooses."""
+_LOAD_ERRORS: Final = (
+    ort.Fail,
+    ort.InvalidArgument,
+    ort.InvalidGraph,
+    ort.InvalidProtobuf,
+    ort.NoSuchFile,
+    ort.NotImplemented,
+    ort.RuntimeException,
+)
 
 
 class Cache(NamedTuple):
@@ -24,13 +33,19 @@ class Cache(NamedTuple):
 
 
 class Runner:
-    """Runs a decoder graph of the contract in ``models/decoder.py``."""
+    """Runs a decoder graph of the contract in ``models/decoder.py``.
+
+    Raises:
+        BuildError: If onnxruntime cannot load the model.
+    """
 
     def __init__(self, model: Path) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = _THREADS
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except _LOAD_ERRORS as error:
+            raise BuildError(f"{model}: onnxruntime cannot load it: {error}") from error
         self._past = [node for node in self._session.get_inputs() if node.name.startswith("past_key_values.")]
         self._outputs = [node.name for node in self._session.get_outputs()]
 

@@ -17,6 +17,7 @@ from lamplighter_agent.package.manifest import Manifest, decode_manifest
 from lamplighter_builder import weight_file
 from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
+from lamplighter_builder.gguf import GgufCheckpoint
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.progress import SilentProgress
 from lamplighter_builder.runner import Runner
@@ -163,3 +164,20 @@ def test_fp32_package_stores_a_tied_table_once(tiny_checkpoint: Path, tmp_path: 
     stored = sum(group.length_bytes for group in manifest.precision.groups if group.name != "rope")
     assert stored == manifest.model.parameters * np.dtype(np.float32).itemsize
     assert msgspec.structs.asdict(manifest.precision)["name"] == "fp32"
+
+
+def test_model_that_onnxruntime_cannot_load_is_a_build_error(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(BuildError, match="cannot load it"):
+        Runner(tmp_path / "model.onnx")
+
+
+@pytest.mark.smollm2
+def test_real_int4_package_knows_the_capital_of_france(smollm2_gguf: Path, tmp_path: Path) -> None:
+    options = BuildOptions(output=tmp_path / "package", precision="int4", name="smollm2", version="1")
+    manifest = build_package(GgufCheckpoint(smollm2_gguf), options, SilentProgress())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "package" / "tokenizer.json"))
+    answer, prompt = manifest.self_tests[0].expected_tokens, manifest.self_tests[0].prompt_tokens
+    assert "What is the capital of France?" in tokenizer.decode(list(prompt))
+    assert "Paris" in tokenizer.decode(list(answer))
+    assert manifest.total_bytes < 90e6

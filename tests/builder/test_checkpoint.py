@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lamplighter_agent.errors import CheckpointError, ConfigError, UnsupportedModelError, WeightMismatchError
-from lamplighter_builder.checkpoint import Fields, HuggingFaceCheckpoint
+from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
+from lamplighter_builder.fields import Fields
 from lamplighter_builder.sources import default_name, open_checkpoint
 from support.tiny_model import build_tiny_package
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_agent.package.manifest import RopeScaling
-from lamplighter_builder.checkpoint import Fields
+from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import Graph, TensorSpec, Value, Weight
 
 Frequencies = npt.NDArray[np.float64]

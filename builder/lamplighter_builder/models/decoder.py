@@ -20,6 +20,7 @@ first positions before the head. A family overrides ``make_*`` methods in its ow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ from lamplighter_builder.components.linear import LinearFactory, LinearSpec, lin
 from lamplighter_builder.components.mlp import Activation, GatedMLP
 from lamplighter_builder.components.norm import RMSNorm, Stream
 from lamplighter_builder.components.rope import Rope, RopeTables, declare_tables
+from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import Graph, Value
 
 
@@ -214,6 +216,19 @@ class CausalLM:
 
     def _cache_shape(self, length: str) -> list[int | str]:
         return ["batch_size", self.config.num_key_value_heads, length, self.config.head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What a file in ``models/`` exports as ``ARCHITECTURE``.
+
+    Attributes:
+        read_config: From the fields of a ``config.json`` to the decoder's config.
+        model: From config and parts to the decoder.
+    """
+
+    read_config: Callable[[Fields], DecoderConfig]
+    model: Callable[[DecoderConfig, Parts], CausalLM]
 
 
 def _from_row(graph: Graph, hidden: Value, start: Value) -> Value:

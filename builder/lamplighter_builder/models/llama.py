@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lamplighter_builder.checkpoint import Fields
 from lamplighter_builder.components.mlp import find_activation
 from lamplighter_builder.components.rope import read_rope
-from lamplighter_builder.models.decoder import CausalLM, DecoderConfig
-from lamplighter_builder.registry import Architecture
+from lamplighter_builder.fields import Fields
+from lamplighter_builder.models.decoder import Architecture, CausalLM, DecoderConfig
 
 
 def read_config(config: Fields) -> DecoderConfig:
