@@ -26,9 +26,10 @@ AGENT_LAYERS = {
 }
 BUILDER_LAYERS = {
     "graph": {"graph"},
-    "components": {"graph", "components"},
-    "models": {"graph", "components", "models"},
+    "fields": {"fields"},
     "quantization": {"quantization"},
+    "components": {"graph", "components", "fields", "quantization"},
+    "models": {"graph", "components", "models", "fields"},
 }
 
 
