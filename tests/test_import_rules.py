@@ -17,6 +17,7 @@ FLEET = ROOT / "fleet" / "lamplighter_fleet"
 
 AGENT_LAYERS = {
     "errors": set(),
+    "extras": {"errors"},
     "package": {"errors"},
     "update": {"errors", "package"},
     "engine": {"errors", "package"},
@@ -69,14 +70,14 @@ def test_builder_layers_import_only_what_lies_below(path: Path) -> None:
     for line, name in imports(path):
         top, *rest = name.split(".")
         if top == "lamplighter_agent" and rest:
-            assert rest[0] in {"errors", "package", "__version__"}, f"line {line}: {name}"
+            assert rest[0] in {"errors", "extras", "package", "__version__"}, f"line {line}: {name}"
         if top == "lamplighter_builder" and rest and layer in BUILDER_LAYERS:
             assert rest[0] in BUILDER_LAYERS[layer], f"line {line}: {layer} imports {name}"
 
 
 @pytest.mark.parametrize("path", modules(FLEET), ids=lambda p: str(p.relative_to(FLEET)))
 def test_fleet_imports_of_the_agent_only_formats_and_messages(path: Path) -> None:
-    allowed = ("errors", "package", "service.messages", "update.states", "__version__")
+    allowed = ("errors", "extras", "package", "service.messages", "update.states", "__version__")
     for line, name in imports(path):
         top, _, rest = name.partition(".")
         if top == "lamplighter_agent" and rest:
@@ -126,3 +127,20 @@ def test_modules_that_import_onnxruntime_import_lamplighter_first(path: Path) ->
     lines = {name.split(".")[0]: line for line, name in reversed(list(imports(path)))}
     if "onnxruntime" in lines:
         assert "lamplighter_agent" in lines
+
+
+@pytest.mark.parametrize(
+    ("program", "missing", "extra"),
+    [("lamplighter_builder", "torch", "builder"), ("lamplighter_fleet", "cryptography", "fleet")],
+)
+def test_a_tool_whose_extra_is_not_installed_says_which(program: str, missing: str, extra: str) -> None:
+    result = run_python(
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name == {missing!r} else find(name, *rest)\n"
+        f"from {program}.__main__ import main\n"
+        "sys.exit(main())\n"
+    )
+    assert result.returncode == 3
+    assert f"'{missing}'" in result.stderr
+    assert f"pip install 'lamplighter[{extra}]'" in result.stderr
