@@ -3,8 +3,8 @@
 
     git clone https://github.com/theupdateframework/tuf-conformance && cd tuf-conformance
     sudo apt-get install -y faketime
-    /path/to/.venv/bin/pytest tuf_conformance -p no:cacheprovider \\
-        --entrypoint "/path/to/.venv/bin/python /path/to/scripts/tuf_client.py"
+    export CLIENT="/path/to/.venv/bin/python /path/to/scripts/tuf_client.py"
+    /path/to/.venv/bin/pytest tuf_conformance --entrypoint "$CLIENT"
 
 Every test of the suite is expected to pass.
 """
