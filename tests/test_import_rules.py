@@ -19,11 +19,12 @@ AGENT_LAYERS = {
     "errors": set(),
     "extras": {"errors"},
     "package": {"errors"},
-    "update": {"errors", "package"},
-    "engine": {"errors", "package"},
+    "arguments": set(),
+    "update": {"errors", "package", "arguments"},
+    "engine": {"errors", "package", "arguments"},
     "config": {"errors"},
-    "service": {"errors", "package", "update", "engine", "config"},
-    "cli": {"errors", "package", "update", "engine", "config", "service"},
+    "service": {"errors", "package", "update", "engine", "config", "arguments"},
+    "cli": {"errors", "update", "engine", "service"},
 }
 BUILDER_LAYERS = {
     "graph": {"graph"},
