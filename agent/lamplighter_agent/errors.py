@@ -103,9 +103,25 @@ class UnknownPackageError(PackageError):
 
 
 class TrialFailedError(PackageError):
-    """A package started but failed its self-test or a threshold, so it was not activated."""
+    """A package started but failed its self-test or a threshold, so it was not activated.
+
+    Args:
+        message: What it did and what was asked for.
+        hint: What to do, or None.
+        detail: Stable code of what failed, or None.
+    """
 
     reason = "trial_failed"
+
+    def __init__(self, message: str, *, hint: str | None = None, detail: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.detail = detail
+
+
+class ProbationFailedError(PackageError):
+    """A package that was in use crashed, hung or took the device down within its probation."""
+
+    reason = "probation_failed"
 
 
 class DownloadError(LamplighterError):
@@ -154,6 +170,34 @@ class UpdateCancelledError(LamplighterError):
 
     reason = "cancelled"
     exit_code = 11
+
+
+class UpdateDeadlineError(LamplighterError):
+    """A state of an update took longer than it may; what was downloaded stays for the next time."""
+
+    reason = "deadline_passed"
+    exit_code = 11
+
+
+class UpdateCutOffError(LamplighterError):
+    """The same update was cut off by restarts too often to be tried again."""
+
+    reason = "cut_off"
+    exit_code = 11
+
+
+class MemoryShortError(LamplighterError):
+    """The system gave no memory for an update's own work; it may succeed later."""
+
+    reason = "memory_short"
+    exit_code = 7
+
+
+class ClockError(LamplighterError):
+    """This device's clock is wrong, so that signatures' dates cannot be judged."""
+
+    reason = "clock_wrong"
+    exit_code = 4
 
 
 class StoreError(LamplighterError):

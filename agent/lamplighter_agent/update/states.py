@@ -1,6 +1,7 @@
 """The words of an update: what is wanted, where it stands, how it ended. Pure data, shared with the service.
 
-An update goes ``received → checking → downloading → verifying → preparing → trying → activating → active``. It ends
+An update goes ``received → checking → downloading → verifying → waiting → preparing → trying → activating → active``,
+``waiting`` only where there is a maintenance window. It ends
 in ``active``, ``rolled_back`` (it was switched on and switched back), ``failed``, ``rejected`` (this device will not
 run it) or ``cancelled``. Values are part of the protocol: they never change once released.
 """
@@ -15,6 +16,7 @@ from msgspec import Meta
 
 from lamplighter_agent.errors import ManifestError
 from lamplighter_agent.package.layout import check_name
+from lamplighter_agent.update.window import WindowText
 
 
 class UpdateState(StrEnum):
@@ -24,6 +26,7 @@ class UpdateState(StrEnum):
     CHECKING = "checking"
     DOWNLOADING = "downloading"
     VERIFYING = "verifying"
+    WAITING = "waiting"
     PREPARING = "preparing"
     TRYING = "trying"
     ACTIVATING = "activating"
@@ -96,10 +99,15 @@ class UpdatePolicy(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         limits: Thresholds of the trial.
         retry_failed: Try a version again that failed here before although its manifest is the same.
+        window: Time of day in which the package may be tried and activated, in place of the device's own; it is
+            fetched at once. None: the device's own.
+        urgent: Do not wait for any window.
     """
 
     limits: TrialLimits = TrialLimits()
     retry_failed: bool = False
+    window: WindowText | None = None
+    urgent: bool = False
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,10 +151,13 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
         bytes_done: Bytes of the package that are on this device.
         bytes_total: Bytes of the package, or 0 while unknown.
         reason: Stable code when it did not succeed, otherwise None.
+        detail: Stable code of the rule that a trial broke, or None.
         message: One sentence for a person, or None.
         hint: What to do about it, or None.
         file: The file or metadata role at fault, or None.
+        warning: ``clock_behind`` or ``clock_ahead`` where this device's clock cannot be right, otherwise None.
         duration_s: Seconds since this attempt began.
+        state_s: Seconds spent in each state of this attempt so far.
     """
 
     id: str
@@ -157,10 +168,13 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     bytes_done: int = 0
     bytes_total: int = 0
     reason: str | None = None
+    detail: str | None = None
     message: str | None = None
     hint: str | None = None
     file: str | None = None
+    warning: str | None = None
     duration_s: float = 0.0
+    state_s: dict[str, float] = {}
 
     @property
     def progress(self) -> float:
@@ -172,7 +186,8 @@ class UpdateOutcome(msgspec.Struct, frozen=True, kw_only=True):
     """How an update ended.
 
     Attributes:
-        report: The last report; its state is final, unless the agent's own end suspended the update.
+        report: The last report; its state is final, unless the update waits for its window, or the agent's own end
+            suspended it.
         changed: True if another package is in use than before.
     """
 
