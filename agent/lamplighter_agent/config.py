@@ -85,6 +85,25 @@ class RepositoryConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.disk_reserve_mb * _MIB
 
 
+class UpdatesConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How a new package comes into use.
+
+    Attributes:
+        window: Time of day in which a package that was fetched may be tried and taken into use, ``HH:MM-HH:MM`` in
+            local time; the end may lie on the next day. None: at any time.
+        download_deadline_s: A download that takes longer is reported as failed, and goes on at the next check.
+        trial_deadline_s: Longest time for each of preparing, trying and switching.
+        probation_s: A new package must have served for so long before it is trusted.
+        probation_failures: Crashes within that time with which it is rolled back.
+    """
+
+    window: Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
+    download_deadline_s: Seconds = 86_400.0
+    trial_deadline_s: Seconds = 1_800.0
+    probation_s: Seconds = 600.0
+    probation_failures: Annotated[int, Meta(ge=1, le=100)] = 3
+
+
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
     """TLS to the broker: the authority that signed it and, for mutual TLS, this box's certificate and key."""
 
@@ -206,6 +225,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: DeviceConfig = DeviceConfig()
     state_dir: Path = Path("/var/lib/lamplighter")
     repository: RepositoryConfig = RepositoryConfig()
+    updates: UpdatesConfig = UpdatesConfig()
     mqtt: MqttConfig = MqttConfig()
     local_api: LocalApiConfig = LocalApiConfig()
     engine: EngineConfig = EngineConfig()

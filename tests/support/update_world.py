@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lamplighter_agent.package.manifest import Manifest
+from lamplighter_agent.update import clock
 from lamplighter_agent.update.compatibility import DeviceFacts
 from lamplighter_agent.update.downloader import DownloadOptions, HttpSource
+from lamplighter_agent.update.hooks import UpdateHooks, UpdateOptions
+from lamplighter_agent.update.interrupt import Interrupt
 from lamplighter_agent.update.sources import Source
 from lamplighter_agent.update.states import Desired, PackageRef, UpdatePolicy, UpdateReport
 from lamplighter_agent.update.store import Store
 from lamplighter_agent.update.trial import TrialMeasurement
-from lamplighter_agent.update.updater import UpdateHooks, UpdateOptions, Updater
+from lamplighter_agent.update.updater import Updater
 from lamplighter_fleet.keys import KeyDirectory
 from lamplighter_fleet.publish import Publication, publish_package
 from lamplighter_fleet.repository import Expiry, Repository
@@ -52,18 +56,18 @@ class Service:
                 states.append(report.state.value)
         return states
 
-    def _prepare(self, path: Path, _: Manifest) -> None:
+    def _prepare(self, path: Path, _: Manifest, interrupt: Interrupt) -> None:
         self.prepared.append(path)
         if self.prepare_error is not None:
             raise self.prepare_error
 
-    def _trial(self, path: Path, _: Manifest) -> TrialMeasurement:
+    def _trial(self, path: Path, _: Manifest, interrupt: Interrupt) -> TrialMeasurement:
         self.tried.append(path)
         if self.trial_error is not None:
             raise self.trial_error
         return self.measurement
 
-    def _activate(self, reference: PackageRef) -> None:
+    def _activate(self, reference: PackageRef, interrupt: Interrupt) -> None:
         if self.activate_error is not None:
             raise self.activate_error
         self.activated.append(str(reference))
@@ -120,6 +124,8 @@ class World:
         device: DeviceFacts = DEVICE,
         download: DownloadOptions = PATIENT,
         store: Store | None = None,
+        options: UpdateOptions | None = None,
+        now: Callable[[], datetime] = clock.now,
     ) -> Updater:
         return Updater(
             store or self.store,
@@ -127,7 +133,8 @@ class World:
             root=root or self.keys.root(),
             device=device,
             hooks=self.service.hooks(),
-            options=UpdateOptions(download=download, progress_interval_s=0.05),
+            options=options or UpdateOptions(download=download, progress_interval_s=0.05),
+            now=now,
         )
 
     def install(self, version: str = "1.0.0", *, weights_seed: int = 1) -> None:

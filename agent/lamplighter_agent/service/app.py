@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 import lamplighter_agent
 from lamplighter_agent.config import AgentConfig, EngineConfig, LocalApiConfig, MqttConfig
 from lamplighter_agent.engine.options import EngineOptions
-from lamplighter_agent.errors import PackageError, RequestError, StoreError
+from lamplighter_agent.errors import RequestError
 from lamplighter_agent.package.durable import make_directory, storage_errors, write_file
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.local_api import Facts, LocalApi
@@ -27,6 +27,8 @@ from lamplighter_agent.service.systemd import ServiceManager
 from lamplighter_agent.service.telemetry import Sampler, TelemetryReporter
 from lamplighter_agent.service.updates import PREPARE_MODULE, UpdateService
 from lamplighter_agent.service.worker import DEFAULT_ENGINE, WorkerSpec
+from lamplighter_agent.update.ledger import Ledger
+from lamplighter_agent.update.probation import ProbationRules
 from lamplighter_agent.update.states import UpdateReport
 from lamplighter_agent.update.store import Store
 
@@ -151,9 +153,14 @@ class Agent:
         self._tasks: list[asyncio.Task[None]] = []
         self._store = Store(config.state_dir, reserve_bytes=config.repository.disk_reserve_bytes)
         boot = _count_boot(config.state_dir)
+        rules = ProbationRules(seconds=config.updates.probation_s, max_failures=config.updates.probation_failures)
+        ledger = Ledger.open(config.state_dir, rules)
         self._requests = RequestQueue(config.requests)
         self._runner = PackageRunner(_spec(config, self._store, engine), self._requests, self._on_change)
-        self._updates = UpdateService(config, self._store, self._runner, self._on_report, prepare_module=engine.prepare)
+        self._updates = UpdateService(
+            config, self._store, ledger, self._runner, self._on_report, prepare_module=engine.prepare
+        )
+        self._seen_restarts = 0
         self._sampler = Sampler(config, boot, self._requests, self._runner, lambda: self._updates.state)
         self._api: LocalApi | None = None
         self._mqtt: MqttService | None = None
@@ -183,7 +190,7 @@ class Agent:
         if self._api is not None:
             self._api.listen()
             await self._api.start()
-        self._start_package()
+        await self._start_package()
         if self._mqtt is not None and self._telemetry is not None:
             self._mqtt.start()
             self._tasks.append(asyncio.create_task(self._telemetry.run(), name="telemetry"))
@@ -209,8 +216,11 @@ class Agent:
         while not stop.is_set():
             if self._is_alive():
                 self._manager.alive()
+            begun = time.monotonic()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), tick_s)
+            if self._runner.state == "ready":
+                self._updates.engine_served(time.monotonic() - begun)
 
     async def _shut_down(self) -> None:
         logger.info("stopping")
@@ -227,16 +237,12 @@ class Agent:
             await self._api.stop()
         await self._runner.stop(0.0)
 
-    def _start_package(self) -> None:
-        try:
-            current = self._store.current()
-        except (PackageError, StoreError) as error:
-            logger.error("the package in use cannot be read: %s", error.message)  # noqa: TRY400
-            return
-        if current is None:
-            logger.info("no package is installed yet; push one with lamplighter-fleet push NAME/VERSION")
+    async def _start_package(self) -> None:
+        package = await self._updates.start_up()
+        if package is None:
+            logger.info("no package is in use; push one with lamplighter-fleet push NAME/VERSION")
         else:
-            self._runner.start(current.path)
+            self._runner.start(package.path)
 
     def _is_alive(self) -> bool:
         """True while everything that must not hang is well; the event loop shows that it is by getting here."""
@@ -257,10 +263,19 @@ class Agent:
 
     def _on_change(self) -> None:
         """The engine's state changed."""
+        self._watch_engine()
         self._manager.status(self._describe())
         if self._mqtt is not None:
             self._mqtt.publish_status()
             self._mqtt.publish_event(f"engine_{self._runner.state}", self._describe())
+
+    def _watch_engine(self) -> None:
+        """Tell the updates what speaks against the package in use."""
+        if self._runner.restarts > self._seen_restarts:
+            self._seen_restarts = self._runner.restarts
+            self._updates.engine_failed("the engine's worker ended by itself", never_ready=False)
+        elif self._runner.state == "failed" and self._runner.failure is not None:
+            self._updates.engine_failed(self._runner.failure.message, never_ready=True)
 
     def _on_report(self, report: UpdateReport) -> None:
         self._manager.status(self._describe())

@@ -21,6 +21,7 @@ from lamplighter_agent.service.local_client import read_status
 from lamplighter_agent.update.states import PackageRef, UpdateReport
 
 if TYPE_CHECKING:
+    from lamplighter_agent.update.interrupt import Interrupt
     from lamplighter_agent.update.updater import Updater
 
 
@@ -145,15 +146,18 @@ def _config(arguments: argparse.Namespace) -> AgentConfig:
 def _updater(config: AgentConfig, source: Path | None) -> Updater:
     """Return an updater that works beside no service: it tries and switches nothing, and prints its progress."""
     from lamplighter_agent.service.updates import make_updater
+    from lamplighter_agent.update.hooks import UpdateHooks
     from lamplighter_agent.update.sources import DirectorySource
     from lamplighter_agent.update.store import Store
-    from lamplighter_agent.update.updater import UpdateHooks
 
-    def no_trial(package: Path, manifest: Manifest) -> NoReturn:
+    def no_trial(package: Path, manifest: Manifest, _: Interrupt) -> NoReturn:
         raise ServiceError(f"{manifest.reference} in {package} can only be tried by a running agent")
 
     hooks = UpdateHooks(
-        prepare=lambda package, manifest: None, trial=no_trial, activate=lambda reference: None, report=_show_report
+        prepare=lambda package, manifest, _: None,
+        trial=no_trial,
+        activate=lambda reference, _: None,
+        report=_show_report,
     )
     store = Store(config.state_dir, reserve_bytes=config.repository.disk_reserve_bytes)
     return make_updater(config, store, hooks, source=None if source is None else DirectorySource(source))

@@ -1,53 +1,53 @@
 """The updater in a thread of its own, joined to the event loop: what is desired goes in, reports come out.
 
-The updater is synchronous and slow (downloads, hashes, fsync). Its hooks reach back into the event loop for the trial
-and the switch, and start a process of its own for preparing, whose memory the system gets back.
+The updater is synchronous and slow (downloads, hashes, fsync). What it asks of the service is in `update_hooks`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import importlib.metadata
 import logging
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Coroutine
-from pathlib import Path
-from typing import Any, Final, TypeVar
+from collections import deque
+from collections.abc import Callable
+from typing import Final
 
-import lamplighter_agent
-from lamplighter_agent.config import AgentConfig, RepositoryConfig
-from lamplighter_agent.errors import (
-    ConfigError,
-    EngineError,
-    LamplighterError,
-    RequestError,
-    StoreError,
-    UpdateCancelledError,
-)
-from lamplighter_agent.package.manifest import Manifest
+from lamplighter_agent.config import AgentConfig
+from lamplighter_agent.errors import ConfigError, EngineError, LamplighterError, RequestError, StoreError
 from lamplighter_agent.service.runner import PackageRunner
-from lamplighter_agent.update.compatibility import DeviceFacts
+from lamplighter_agent.service.update_hooks import ServiceHooks
+from lamplighter_agent.update import recovery
+from lamplighter_agent.update.audit import AuditEntry
+from lamplighter_agent.update.compatibility import this_device
+from lamplighter_agent.update.deadlines import StateDeadlines
 from lamplighter_agent.update.downloader import DownloadOptions, HttpSource
+from lamplighter_agent.update.hooks import UpdateHooks, UpdateOptions
+from lamplighter_agent.update.installed import InstalledPackage
+from lamplighter_agent.update.interrupt import Interrupt
+from lamplighter_agent.update.ledger import Ledger
 from lamplighter_agent.update.sources import Source
-from lamplighter_agent.update.states import Desired, PackageRef, UpdateReport, UpdateState
+from lamplighter_agent.update.states import Desired, UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
-from lamplighter_agent.update.trial import TrialMeasurement
-from lamplighter_agent.update.updater import UpdateHooks, UpdateOptions, Updater
+from lamplighter_agent.update.trust import read_root
+from lamplighter_agent.update.updater import Updater
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 4
 PREPARE_MODULE: Final = "lamplighter_agent.engine.prepare"
 _MIB: Final = 1024 * 1024
-_POLL_S: Final = 0.2
 _STOP_TIMEOUT_S: Final = 15.0
-_T = TypeVar("_T")
 
 
-def make_updater(config: AgentConfig, store: Store, hooks: UpdateHooks, *, source: Source | None = None) -> Updater:
+def make_updater(
+    config: AgentConfig,
+    store: Store,
+    hooks: UpdateHooks,
+    *,
+    source: Source | None = None,
+    ledger: Ledger | None = None,
+) -> Updater:
     """Return an updater for the configured repository.
 
     Args:
@@ -55,6 +55,7 @@ def make_updater(config: AgentConfig, store: Store, hooks: UpdateHooks, *, sourc
         store: The packages of this device.
         hooks: The rest of the agent.
         source: Another place to read the repository from, such as a USB stick; None: ``repository.url``.
+        ledger: What is remembered about updates; None opens that of the store.
 
     Raises:
         ConfigError: If the repository's URL or the trusted root is not configured or cannot be read.
@@ -70,12 +71,19 @@ def make_updater(config: AgentConfig, store: Store, hooks: UpdateHooks, *, sourc
             proxy=repository.proxy,
         )
     budget_mb = config.engine.memory_budget_mb
-    device = DeviceFacts(
-        agent_version=lamplighter_agent.__version__,
-        onnxruntime_version=importlib.metadata.version("onnxruntime"),  # from its metadata: it is not imported here
-        memory_bytes=None if budget_mb is None else budget_mb * _MIB,
+    if repository.root_file is None:
+        raise ConfigError(
+            "repository.root_file is not set", hint="set it to the root.json that the operator handed out"
+        )
+    return Updater(
+        store,
+        source,
+        root=read_root(repository.root_file),
+        device=this_device(None if budget_mb is None else budget_mb * _MIB),
+        hooks=hooks,
+        options=_options(config),
+        ledger=ledger,
     )
-    return Updater(store, source, root=_read_root(repository), device=device, hooks=hooks, options=_options(repository))
 
 
 class UpdateService:
@@ -84,6 +92,7 @@ class UpdateService:
     Args:
         config: The whole configuration.
         store: The packages of this device.
+        ledger: What is remembered about updates.
         runner: Tries and switches packages.
         report: Called in the event loop with every report.
         prepare_module: Run as ``python -m MODULE PACKAGE ROOT`` to make the copy for this CPU.
@@ -93,6 +102,7 @@ class UpdateService:
         self,
         config: AgentConfig,
         store: Store,
+        ledger: Ledger,
         runner: PackageRunner,
         report: Callable[[UpdateReport], None],
         *,
@@ -101,6 +111,7 @@ class UpdateService:
         self.last_report: UpdateReport | None = None
         self._config = config
         self._store = store
+        self._ledger = ledger
         self._runner = runner
         self._tell = report
         self._prepare_module = prepare_module
@@ -110,7 +121,9 @@ class UpdateService:
         self._condition = threading.Condition()
         self._wanted: Desired | None = None
         self._at_work: Desired | None = None
-        self._rollbacks: list[concurrent.futures.Future[str]] = []
+        self._interrupt = Interrupt()
+        self._jobs: deque[Callable[[Updater], object]] = deque(maxlen=MAX_WAITING)
+        self._healing = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="updater", daemon=True)
 
@@ -119,13 +132,26 @@ class UpdateService:
         """State of the last update, ``idle`` before the first."""
         return self.last_report.state.value if self.last_report is not None else "idle"
 
+    async def start_up(self) -> InstalledPackage | None:
+        """Return the package to run, before any is loaded: after rolling back or healing where that is needed."""
+        start = await asyncio.to_thread(recovery.start_up, self._store, self._ledger)
+        if start.report is not None:
+            self._report(start.report)
+        return start.package
+
     def start(self) -> None:
         """Go on with an update that a restart cut off, and wait for wishes."""
+        service = ServiceHooks(
+            self._store,
+            self._runner,
+            prepare_module=self._prepare_module,
+            prepare_timeout_s=self._config.engine.start_timeout_s,
+        )
         hooks = UpdateHooks(
-            prepare=self._prepare, trial=self._trial, activate=self._activate, report=self._report_from_thread
+            prepare=service.prepare, trial=service.trial, activate=service.activate, report=self._report_from_thread
         )
         try:
-            self._updater = make_updater(self._config, self._store, hooks)
+            self._updater = make_updater(self._config, self._store, hooks, ledger=self._ledger)
         except ConfigError as error:
             logger.info("updates are off: %s", error.message)
             self._refusal = error
@@ -141,11 +167,29 @@ class UpdateService:
             if desired == self._at_work:
                 return  # told again by a new connection
             self._wanted = desired
-            if self._at_work is not None and self._updater is not None:
-                self._updater.cancel()
+            if self._at_work is not None:
+                self._interrupt.cancel()
             self._condition.notify()
 
-    async def rollback(self) -> str:
+    def cancel(self, requested_by: str) -> str:
+        """End the update at work, and forget one that waits its turn; return a sentence.
+
+        Raises:
+            RequestError: If there is none, or it can no longer be cancelled.
+        """
+        with self._condition:
+            wish, self._wanted = self._wanted, None
+            at_work = self._at_work
+            cancelled = at_work is not None and self._interrupt.cancel()
+        if at_work is not None and not cancelled:
+            raise RequestError(f"{at_work} is being activated: it can only be rolled back", code=409)
+        if at_work is None and wish is None:
+            raise RequestError("no update is at work", code=404)
+        entry = AuditEntry(event="cancelled", package=str(at_work or wish), requested_by=requested_by)
+        self._ledger.audit.write(entry)
+        return f"the update to {at_work or wish} is cancelled"
+
+    async def rollback(self, requested_by: str = "") -> str:
         """Switch back to the previous package and return a sentence.
 
         Raises:
@@ -154,15 +198,39 @@ class UpdateService:
         if self._updater is None:
             raise RequestError("updates are not configured on this device", code=404)
         future: concurrent.futures.Future[str] = concurrent.futures.Future()
-        with self._condition:
-            if len(self._rollbacks) >= MAX_WAITING:
-                raise RequestError("rollbacks are waiting already", code=429, retry_after_s=10.0)
-            self._rollbacks.append(future)
-            self._condition.notify()
+        if not self._add_job(lambda updater: _roll_back(updater, future, requested_by)):
+            raise RequestError("rollbacks are waiting already", code=429, retry_after_s=10.0)
         return await asyncio.wrap_future(future)
+
+    def engine_failed(self, message: str, *, never_ready: bool) -> None:
+        """Note that the engine crashed, hung or could not be started; a package on probation may be rolled back.
+
+        Args:
+            message: What happened.
+            never_ready: True if it could not be started: then the package's files are checked as well.
+        """
+        verdict = self._ledger.probation.note_failure(message)
+        if not self._healing:  # an engine that never starts is tried for ever: its first failure says it all
+            entry = AuditEntry(event="engine_failed", active=self._runner.package, message=message)
+            self._ledger.audit.write(entry)
+        if verdict == "failed":
+            self._add_job(Updater.end_failed_probation)
+        elif never_ready and not self._healing:
+            self._healing = True
+            self._add_job(Updater.heal)
+
+    def engine_served(self, seconds: float) -> None:
+        """Note that the engine has been ready for some more seconds."""
+        self._healing = False
+        probation = self._ledger.probation.probation
+        if self._ledger.probation.note_serving(seconds) == "passed" and probation is not None:
+            logger.info("%s has passed its probation", probation.reference)
+            entry = AuditEntry(event="probation_passed", package=str(probation.reference), active=self._runner.package)
+            self._ledger.audit.write(entry)
 
     async def stop(self) -> None:
         """End the update at work at its next step; it goes on after the next start."""
+        self._ledger.probation.note_stop()
         self._stopping.set()
         if self._updater is None:
             return
@@ -173,48 +241,72 @@ class UpdateService:
         if self._thread.is_alive():
             logger.warning("the update at work did not stop in time; it goes on after the next start")
 
+    def _add_job(self, job: Callable[[Updater], object]) -> bool:
+        with self._condition:
+            if len(self._jobs) == MAX_WAITING:
+                return False
+            self._jobs.append(job)
+            self._condition.notify()
+        return True
+
     # Everything below runs in the updater's thread.
 
     def _run(self) -> None:
-        assert self._updater is not None
-        self._guarded(self._updater.resume)
+        updater = self._updater
+        assert updater is not None
+        self._guarded(lambda: self._resume(updater))
         while not self._stopping.is_set():
             with self._condition:
-                if self._wanted is None and not self._rollbacks:
-                    self._condition.wait(self._config.repository.check_interval_s)
-                rollback = self._rollbacks.pop(0) if self._rollbacks else None
-                desired, self._wanted = (None, self._wanted) if rollback else (self._wanted, None)
-                self._at_work = desired
+                if self._wanted is None and not self._jobs:
+                    self._condition.wait(self._pause_s(updater))
+                job = self._jobs.popleft() if self._jobs else None
+                desired = None
+                if job is None:
+                    desired, self._wanted = self._wanted, None
+                    self._begin(desired)
             if self._stopping.is_set():
                 return
-            if rollback is not None:
-                self._roll_back(rollback)
+            if job is not None:
+                self._guarded(lambda job=job: job(updater))  # type: ignore[misc]
             elif desired is not None:
-                self._guarded(lambda wanted=desired: self._apply(wanted))  # type: ignore[misc]
+                self._guarded(lambda desired=desired: self._apply(updater, desired))  # type: ignore[misc]
             else:
-                self._guarded(self._updater.resume)
+                self._guarded(lambda: self._resume(updater))
 
-    def _apply(self, desired: Desired) -> None:
-        assert self._updater is not None
+    def _pause_s(self, updater: Updater) -> float:
+        pause_s = self._config.repository.check_interval_s
         try:
-            self._updater.apply(desired)
+            wake_s = updater.next_wake_s()
+        except StoreError as error:
+            logger.warning("the journal cannot be read: %s", error.message)
+            return pause_s
+        return pause_s if wake_s is None else min(pause_s, wake_s + 1.0)
+
+    def _begin(self, desired: Desired | None) -> None:
+        """With the condition held: from now on a newer wish ends this one, also before the updater has begun it."""
+        self._at_work = desired
+        self._interrupt = Interrupt()
+
+    def _resume(self, updater: Updater) -> None:
+        desired = updater.pending()
+        if desired is None:
+            return
+        with self._condition:
+            self._begin(desired)
+            if self._wanted == desired:
+                self._wanted = None
+            elif self._wanted is not None:
+                self._interrupt.cancel()
+        self._apply(updater, desired)
+
+    def _apply(self, updater: Updater, desired: Desired) -> None:
+        try:
+            updater.apply(desired, interrupt=self._interrupt)
         except StoreError as error:
             self._report_from_thread(_rejection(desired, error, self._runner.package, UpdateState.FAILED))
         finally:
             with self._condition:
                 self._at_work = None
-
-    def _roll_back(self, future: concurrent.futures.Future[str]) -> None:
-        assert self._updater is not None
-        try:
-            outcome = self._updater.rollback()
-        except LamplighterError as error:
-            future.set_exception(error)
-        except Exception as error:  # the thread's boundary: who asked must get an answer
-            logger.exception("the rollback failed")
-            future.set_exception(EngineError(f"the rollback failed: {type(error).__name__}: {error}"))
-        else:
-            future.set_result(outcome.report.message or "rolled back")
 
     def _guarded(self, work: Callable[[], object]) -> None:
         try:
@@ -223,61 +315,6 @@ class UpdateService:
             logger.warning("the update ended: %s", error.message)
         except Exception:  # the thread's boundary: the next update gets its chance
             logger.exception("the updater failed")
-
-    def _prepare(self, package: Path, manifest: Manifest) -> None:
-        """Make the copy for this CPU in a process of its own; without room for it, the package is used as built."""
-        command = [
-            sys.executable,
-            "-m",
-            self._prepare_module,
-            str(package),
-            str(self._store.prepared_dir),
-        ]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        ) as process:
-            output = self._wait_for(process)
-        if process.returncode == StoreError.exit_code:
-            logger.warning("%s is used without a prepared copy: %s", manifest.reference, output)
-        elif process.returncode != 0:
-            raise EngineError(f"preparing {manifest.reference} ended with status {process.returncode}: {output}")
-
-    def _wait_for(self, process: subprocess.Popen[bytes]) -> str:
-        waited_s = 0.0
-        while True:
-            try:
-                output, _ = process.communicate(timeout=_POLL_S)
-            except subprocess.TimeoutExpired:
-                waited_s += _POLL_S
-                if self._stopping.is_set() or waited_s > self._config.engine.start_timeout_s:
-                    process.kill()
-                    process.wait()
-                    raise self._interruption("preparing the package") from None
-            else:
-                lines = output.decode(errors="replace").strip().splitlines()
-                return " ".join(lines[-3:])
-
-    def _trial(self, package: Path, manifest: Manifest) -> TrialMeasurement:
-        return self._in_loop(self._runner.measure(package, manifest), "the trial")
-
-    def _activate(self, reference: PackageRef) -> None:
-        package = self._store.package(reference)
-        self._in_loop(self._runner.switch(package.path, package.manifest), "the switch")
-
-    def _in_loop(self, work: Coroutine[Any, Any, _T], what: str) -> _T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        while True:
-            try:
-                return future.result(_POLL_S)
-            except concurrent.futures.TimeoutError:
-                if self._stopping.is_set():
-                    future.cancel()
-                    raise self._interruption(what) from None
-
-    def _interruption(self, what: str) -> LamplighterError:
-        if self._stopping.is_set():
-            return UpdateCancelledError(f"{what} was cut off: the agent is stopping")
-        return EngineError(f"{what} took more than {self._config.engine.start_timeout_s:g} s")
 
     def _report_from_thread(self, report: UpdateReport) -> None:
         try:
@@ -291,18 +328,20 @@ class UpdateService:
         self._tell(report)
 
 
-def _read_root(repository: RepositoryConfig) -> bytes:
-    if repository.root_file is None:
-        raise ConfigError(
-            "repository.root_file is not set", hint="set it to the root.json that the operator handed out"
-        )
+def _roll_back(updater: Updater, future: concurrent.futures.Future[str], requested_by: str) -> None:
     try:
-        return repository.root_file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"repository.root_file {repository.root_file}: {error.strerror}") from error
+        outcome = updater.rollback(requested_by=requested_by)
+    except LamplighterError as error:
+        future.set_exception(error)
+    except Exception as error:  # the thread's boundary: who asked must get an answer
+        logger.exception("the rollback failed")
+        future.set_exception(EngineError(f"the rollback failed: {type(error).__name__}: {error}"))
+    else:
+        future.set_result(outcome.report.message or "rolled back")
 
 
-def _options(repository: RepositoryConfig) -> UpdateOptions:
+def _options(config: AgentConfig) -> UpdateOptions:
+    repository, updates = config.repository, config.updates
     download = DownloadOptions(
         timeout_s=repository.connect_timeout_s,
         low_speed_bytes_per_s=repository.low_speed_bytes_per_s,
@@ -314,6 +353,13 @@ def _options(repository: RepositoryConfig) -> UpdateOptions:
         download=download,
         parallel_downloads=repository.parallel_downloads,
         keep_packages=repository.keep_packages,
+        deadlines=StateDeadlines(
+            downloading_s=updates.download_deadline_s,
+            preparing_s=updates.trial_deadline_s,
+            trying_s=updates.trial_deadline_s,
+            activating_s=updates.trial_deadline_s,
+        ),
+        window=updates.window,
     )
 
 

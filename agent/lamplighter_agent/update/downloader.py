@@ -6,10 +6,11 @@ retries and a cancel event, and a file is kept only chunk by chunk as the signed
 
 from __future__ import annotations
 
+import copy
 import logging
 import random
 import re
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +31,11 @@ from lamplighter_agent.errors import (
     SlowDownloadError,
     TooLongError,
     TruncatedDownloadError,
-    UpdateCancelledError,
 )
 from lamplighter_agent.package.manifest import FileEntry
+from lamplighter_agent.update.interrupt import Interrupt
 from lamplighter_agent.update.pacing import SpeedLimiter, SpeedMeter
-from lamplighter_agent.update.partial import PartialFile
+from lamplighter_agent.update.partial import PartialFile, Transfer
 from lamplighter_agent.update.sources import BLOCK_BYTES, Source, SourceStream
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class HttpSource:
         self._timeout_s = timeout_s
         self._verify: bool | str = True if ca_file is None else str(ca_file)
         self._proxies = None if proxy is None else {"http": proxy, "https": proxy}
-        self._sessions = _ThreadSession()
+        self._idle: deque[requests.Session] = deque()
 
     def describe(self, path: str) -> str:
         """Return the file's URL."""
@@ -105,8 +106,9 @@ class HttpSource:
             headers["Range"] = f"bytes={offset}-"
             if etag is not None:
                 headers["If-Range"] = etag
+        session = self._take_session()
         with _transport_errors(url):
-            response = self._sessions.session.get(
+            response = session.get(
                 url,
                 headers=headers,
                 stream=True,
@@ -117,14 +119,16 @@ class HttpSource:
         with response:
             begin, total = _check_response(response, url, offset)
             yield SourceStream(_read_blocks(response, url), begin, total, _strong_etag(response))
+        self._idle.append(session)
 
-
-class _ThreadSession(threading.local):
-    """One session a thread: sessions are not made to be shared."""
-
-    def __init__(self) -> None:
-        self.session = requests.Session()
-        self.session.max_redirects = _MAX_REDIRECTS
+    def _take_session(self) -> requests.Session:
+        """Return a session that nobody else uses, with its open connection if there is one."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            session = requests.Session()
+            session.max_redirects = _MAX_REDIRECTS
+            return session
 
 
 class Downloader:
@@ -133,16 +137,22 @@ class Downloader:
     Args:
         source: Where from.
         options: How patient and how greedy.
-        cancel: Set from any thread, it ends every transfer at its next block.
+        interrupt: Set from any thread, it ends every transfer at once, whatever the server does.
     """
 
     def __init__(
-        self, source: Source, options: DownloadOptions = DownloadOptions(), cancel: threading.Event | None = None
+        self, source: Source, options: DownloadOptions = DownloadOptions(), interrupt: Interrupt | None = None
     ) -> None:
         self._source = source
         self._options = options
-        self._cancel = cancel or threading.Event()
+        self._interrupt = interrupt or Interrupt()
         self._limiter = SpeedLimiter(options.speed_limit_bytes_per_s)
+
+    def until(self, interrupt: Interrupt) -> Downloader:
+        """Return the same downloader, with the same speed limit, that another interrupt ends."""
+        other = copy.copy(self)
+        other._interrupt = interrupt
+        return other
 
     def describe(self, path: str) -> str:
         """Return a file's address as a person knows it."""
@@ -159,8 +169,12 @@ class Downloader:
             MissingFileError: If there is no such file.
             TooLongError: If it is longer than ``max_bytes``.
             DownloadError: If it cannot be fetched after the retries.
-            UpdateCancelledError: If the cancel event is set.
+            UpdateCancelledError: If it was cancelled.
+            UpdateDeadlineError: If its time is over.
         """
+        return self._interrupt.run(lambda: self._fetch_bytes(path, max_bytes), self.describe(path))
+
+    def _fetch_bytes(self, path: str, max_bytes: int) -> bytes:
         failures = 0
         while True:
             try:
@@ -192,9 +206,22 @@ class Downloader:
             DownloadError: If it cannot be fetched for another reason after the retries.
             DiskFullError: If there is no space.
             StoreError: If the file cannot be written.
-            UpdateCancelledError: If the cancel event is set.
+            UpdateCancelledError: If it was cancelled.
+            UpdateDeadlineError: If its time is over.
         """
-        transfer = _Transfer()
+        transfer = Transfer()
+        try:
+            self._interrupt.run(
+                lambda: self._fetch_file(path, entry, destination, transfer, progress), self.describe(path)
+            )
+        finally:
+            # A transfer that was left behind has looked at the interrupt before every write: none comes after this.
+            with transfer.writing:
+                pass
+
+    def _fetch_file(
+        self, path: str, entry: FileEntry, destination: Path, transfer: Transfer, progress: Callable[[int], None]
+    ) -> None:
         with PartialFile(destination.with_name(f"{destination.name}.part"), entry) as partial:
             progress(partial.offset)
             while not partial.complete:
@@ -209,7 +236,9 @@ class Downloader:
                 except DownloadError as error:
                     transfer.failures = 1 if partial.verified_bytes > before else transfer.failures + 1
                     self._pause_or_raise(error, transfer.failures, path)
-            partial.finish(destination)
+            with transfer.writing:
+                self._check_cancelled(path)
+                partial.finish(destination)
 
     def _transfer_bytes(self, path: str, max_bytes: int) -> bytes:
         with self._source.open(path) as stream:
@@ -227,7 +256,7 @@ class Downloader:
         path: str,
         partial: PartialFile,
         entry: FileEntry,
-        transfer: _Transfer,
+        transfer: Transfer,
         progress: Callable[[int], None],
     ) -> None:
         """Open the source once and take what it gives."""
@@ -243,7 +272,9 @@ class Downloader:
                     skip -= skipped
                     # A server may go on for ever; what lies beyond the signed length is never read.
                     block = block[skipped : skipped + entry.length - partial.offset]
-                    partial.write(block)
+                    with transfer.writing:
+                        self._check_cancelled(path)
+                        partial.write(block)
                     progress(partial.offset)
                     if partial.complete:
                         return
@@ -261,7 +292,7 @@ class Downloader:
             meter.count(len(block), self.describe(path))
             yield block
             if delay_s := self._limiter.delay_s(len(block)):
-                self._cancel.wait(delay_s)
+                self._interrupt.wait(delay_s)
                 meter.excuse(delay_s)
         self._check_cancelled(path)
 
@@ -274,27 +305,11 @@ class Downloader:
         cap_s = min(self._options.backoff_max_s, self._options.backoff_s * 2 ** (failures - 1))
         delay_s = random.uniform(0, cap_s)  # noqa: S311 - jitter, not a secret
         logger.info("try %d failed, the next in %.1f s: %s", failures, delay_s, error)
-        self._cancel.wait(delay_s)
+        self._interrupt.wait(delay_s)
         self._check_cancelled(path)
 
     def _check_cancelled(self, path: str) -> None:
-        if self._cancel.is_set():
-            raise UpdateCancelledError(f"{self.describe(path)}: the download was cancelled")
-
-
-@dataclass(slots=True)
-class _Transfer:
-    """What one file's download remembers between its connections."""
-
-    etag: str | None = None
-    use_range: bool = True
-    failures: int = 0
-    bad_chunks: int = 0
-    bad_chunk_at: int = -1
-
-    def count_bad_chunk(self, at: int) -> None:
-        self.bad_chunks = self.bad_chunks + 1 if at == self.bad_chunk_at else 1
-        self.bad_chunk_at = at
+        self._interrupt.check(self.describe(path))
 
 
 class _RangeError(DownloadError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from datetime import datetime
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -12,8 +15,10 @@ from lamplighter_agent.update.states import Desired, PackageRef, UpdateReport
 
 logger = logging.getLogger(__name__)
 
+JOURNAL_NAME: Final = "update.json"
 _MAX_BYTES = 1024 * 1024
 _MAX_FAILED = 32
+_MAX_EARLIER = 64
 
 
 class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,13 +28,21 @@ class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
         desired: What was asked for.
         report: The last report.
         interruptions: How often it was cut off while the new package was being prepared, tried or activated.
+        cut_offs: How often it was cut off at all.
+        running: True while it is at work; found after a restart, it was cut off.
         again: True if it ended for a passing reason, so that the same request may be tried again.
+        staged_sha256: Digest of the manifest whose package is in the store, whole, or empty.
+        waiting_since: When it began to wait for its window, or None.
     """
 
     desired: Desired
     report: UpdateReport
     interruptions: int = 0
+    cut_offs: int = 0
+    running: bool = False
     again: bool = False
+    staged_sha256: str = ""
+    waiting_since: datetime | None = None
 
 
 class FailedVersion(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,10 +65,31 @@ class JournalState(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         record: The latest update, or None.
         failed: Versions that failed here, oldest first.
+        earlier: Digests of earlier requests, oldest first: told again, they are old news.
+        highest: Highest version that has served well here, by package name.
+        clock_confirmed: The latest time at which this device's clock agreed with freshly signed metadata, or None.
     """
 
     record: UpdateRecord | None = None
     failed: tuple[FailedVersion, ...] = ()
+    earlier: tuple[str, ...] = ()
+    highest: dict[str, str] = {}
+    clock_confirmed: datetime | None = None
+
+    def is_earlier(self, desired: Desired) -> bool:
+        """Return whether a request has been followed by another one."""
+        return digest_of(desired) in self.earlier
+
+    def with_highest(self, reference: PackageRef) -> JournalState:
+        """Return the state in which a version counts as the highest of its name."""
+        return msgspec.structs.replace(self, highest={**self.highest, reference.name: reference.version})
+
+    def without_record(self) -> JournalState:
+        """Return the state before a new request: the present one becomes an earlier one."""
+        if self.record is None:
+            return self
+        earlier = (*self.earlier, digest_of(self.record.desired))[-_MAX_EARLIER:]
+        return msgspec.structs.replace(self, record=None, earlier=earlier)
 
     def failure_of(self, reference: PackageRef, manifest_sha256: str) -> FailedVersion | None:
         """Return why exactly this package failed here, or None."""
@@ -73,6 +107,11 @@ class JournalState(msgspec.Struct, frozen=True, kw_only=True):
         """Return the state with a version forgiven."""
         others = tuple(other for other in self.failed if other.reference != reference)
         return msgspec.structs.replace(self, failed=others)
+
+
+def digest_of(desired: Desired) -> str:
+    """Return a short digest of everything that a request says."""
+    return hashlib.sha256(msgspec.json.encode(desired, order="deterministic")).hexdigest()[:16]
 
 
 class Journal:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from lamplighter_agent.errors import ManifestError, StoreError
-from lamplighter_agent.package.durable import point_link, remove_file
+from lamplighter_agent.package.durable import point_link, remove_directory, remove_file
 from lamplighter_agent.update.states import PackageRef
 
 _PACKAGES: Final = "packages"
@@ -50,6 +50,18 @@ class PackageLink:
             OSError: If that fails; the link is then as before.
         """
         point_link(self._path, f"{_PACKAGES}/{reference}")
+
+    def make_way(self, trash: Path) -> None:
+        """Remove a directory that lies in the link's place: a rename cannot replace it.
+
+        Args:
+            trash: A path on the same file system that holds nothing but rubbish.
+
+        Raises:
+            OSError: If that fails.
+        """
+        if self._path.is_dir() and not self._path.is_symlink():
+            remove_directory(self._path, trash)
 
     def remove(self) -> None:
         """Remove the link, durably; one that is not there is fine.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +14,32 @@ from lamplighter_agent.package.durable import move, remove_file, storage_errors
 from lamplighter_agent.package.manifest import FileEntry
 
 _READ_BYTES = 1024 * 1024
+
+
+@dataclass(slots=True)
+class Transfer:
+    """What one file's download remembers between its connections.
+
+    Attributes:
+        etag: State of the file on the server, or None.
+        use_range: False once the server's answer to a range made no sense.
+        failures: Failures since the last progress.
+        bad_chunks: Times in a row that the same chunk was wrong.
+        bad_chunk_at: Where that chunk begins.
+        writing: Held while the file is being changed.
+    """
+
+    etag: str | None = None
+    use_range: bool = True
+    failures: int = 0
+    bad_chunks: int = 0
+    bad_chunk_at: int = -1
+    writing: threading.Lock = field(default_factory=threading.Lock)
+
+    def count_bad_chunk(self, at: int) -> None:
+        """Note that the chunk that begins ``at`` a byte was wrong."""
+        self.bad_chunks = self.bad_chunks + 1 if at == self.bad_chunk_at else 1
+        self.bad_chunk_at = at
 
 
 class PartialFile:

@@ -26,6 +26,7 @@ from lamplighter_agent.errors import (
     HashMismatchError,
     ManifestError,
     MissingFileError,
+    PackageError,
     StoreError,
     UnknownPackageError,
 )
@@ -226,11 +227,56 @@ class Store:
             StoreError: If the file system refuses.
         """
         with storage_errors(f"returning to {reference or 'no package'}"):
+            self._current.make_way(self.staging_dir / "removed-current")
             if reference is None:
                 self._current.remove()
             else:
                 self._current.point(reference)
             self._previous.remove()
+
+    def drop_previous(self) -> None:
+        """Give up the package that a rollback would go to, for its space; without one, do nothing.
+
+        Raises:
+            StoreError: If the file system refuses.
+        """
+        reference = self._previous.target()
+        if reference is not None and reference != self._current.target():
+            self.discard(reference)
+
+    def in_use(self) -> PackageRef | None:
+        """Return what `current` names, whether or not it is there; None if it names nothing or is damaged."""
+        try:
+            return self._current.target()
+        except StoreError:
+            return None
+
+    def previous_reference(self) -> PackageRef | None:
+        """Return what `previous` names, whether or not it is there; None if it names nothing or is damaged."""
+        try:
+            return self._previous.target()
+        except StoreError:
+            return None
+
+    def has_current_entry(self) -> bool:
+        """Return whether there is anything, be it damaged, at the place of `current`."""
+        return os.path.lexists(self.root / "current")
+
+    def is_complete(self, reference: PackageRef) -> bool:
+        """Return whether a package can be read and its files have their lengths: quick, but no proof."""
+        try:
+            package = self.package(reference)
+        except (PackageError, StoreError):
+            return False
+        return all(regular_size(package.path / entry.name) == entry.length for entry in package.manifest.files)
+
+    def is_whole(self, reference: PackageRef) -> bool:
+        """Return whether a package can be read and every file is as its manifest says."""
+        try:
+            self.verify(self.package(reference))
+        except (PackageError, StoreError):
+            return False
+        return True
 
     def discard(self, reference: PackageRef) -> None:
         """Remove an installed package that is not in use; its blobs stay until `prune`.

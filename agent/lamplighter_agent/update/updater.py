@@ -11,71 +11,33 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
 
 import msgspec
 
-from lamplighter_agent.errors import (
-    LamplighterError,
-    PackageError,
-    StoreError,
-    TrialFailedError,
-    UpdateCancelledError,
-)
-from lamplighter_agent.package.manifest import Manifest
+from lamplighter_agent.errors import PackageError
+from lamplighter_agent.update import clock, recovery
 from lamplighter_agent.update.acquire import Acquirer
-from lamplighter_agent.update.attempt import RISKY_STATES, Attempt
+from lamplighter_agent.update.attempt import Attempt, Surroundings
+from lamplighter_agent.update.audit import AuditEntry
 from lamplighter_agent.update.compatibility import DeviceFacts
-from lamplighter_agent.update.downloader import Downloader, DownloadOptions
+from lamplighter_agent.update.course import Course, Plan, switch
+from lamplighter_agent.update.downgrade import version_key
+from lamplighter_agent.update.downloader import Downloader
+from lamplighter_agent.update.hooks import UpdateHooks, UpdateOptions
 from lamplighter_agent.update.installed import InstalledPackage
-from lamplighter_agent.update.journal import Journal, JournalState, UpdateRecord
+from lamplighter_agent.update.interrupt import Interrupt
+from lamplighter_agent.update.journal import JournalState, UpdateRecord
+from lamplighter_agent.update.ledger import Ledger
 from lamplighter_agent.update.sources import Source
 from lamplighter_agent.update.states import Desired, PackageRef, UpdateOutcome, UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
-from lamplighter_agent.update.trial import TrialMeasurement, judge_trial
 from lamplighter_agent.update.trust import TrustedRepository
 
 logger = logging.getLogger(__name__)
-
-JOURNAL_NAME = "update.json"
-_MAX_INTERRUPTIONS = 3
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateHooks:
-    """What the rest of the agent does for an update.
-
-    Attributes:
-        prepare: Makes derived files for this CPU from a staged package.
-        trial: Starts a candidate worker on a staged package, runs the manifest's self-tests and measures.
-        activate: Switches the service over to a package that `Store.current` already names. When it raises, the
-            service is still, or again, on the package that it had before.
-        report: Is told every change of state and, about once a second, progress.
-    """
-
-    prepare: Callable[[Path, Manifest], None]
-    trial: Callable[[Path, Manifest], TrialMeasurement]
-    activate: Callable[[PackageRef], None]
-    report: Callable[[UpdateReport], None]
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateOptions:
-    """How updates are carried out.
-
-    Attributes:
-        download: How patient and how greedy a download is.
-        parallel_downloads: Files fetched at once.
-        keep_packages: Installed packages kept besides the one in use; the previous one is always among them.
-        progress_interval_s: Time between two progress reports.
-    """
-
-    download: DownloadOptions = field(default_factory=DownloadOptions)
-    parallel_downloads: int = 2
-    keep_packages: int = 1
-    progress_interval_s: float = 1.0
 
 
 class Updater:
@@ -88,6 +50,8 @@ class Updater:
         device: What this device offers.
         hooks: The rest of the agent.
         options: How updates are carried out.
+        ledger: What is remembered; None opens that of the store.
+        now: This device's clock, aware.
     """
 
     def __init__(
@@ -99,6 +63,8 @@ class Updater:
         device: DeviceFacts,
         hooks: UpdateHooks,
         options: UpdateOptions | None = None,
+        ledger: Ledger | None = None,
+        now: Callable[[], datetime] = clock.now,
     ) -> None:
         self._store = store
         self._source = source
@@ -106,63 +72,87 @@ class Updater:
         self._device = device
         self._hooks = hooks
         self._options = options or UpdateOptions()
-        self._journal = Journal(store.root / JOURNAL_NAME)
-        self._stop = threading.Event()
+        self._ledger = ledger or Ledger.open(store.root)
+        self._plan = Plan(self._options, now)
+        self._guard = threading.Lock()
+        self._at_work: Interrupt | None = None
         self._suspended = False
 
-    def cancel(self) -> None:
-        """End the update at work at its next block or step; callable from any thread.
-
-        From the moment on which a package is being activated it is no longer cancelled.
-        """
-        self._stop.set()
-
     def suspend(self) -> None:
-        """End the update at work like `cancel`, but without a final state: after a restart it goes on.
+        """End the update at work without a final state: after a restart it goes on.
 
         For the agent's own end; callable from any thread. This updater begins nothing any more.
         """
-        self._suspended = True
-        self._stop.set()
+        with self._guard:
+            self._suspended = True
+            if self._at_work is not None:
+                self._at_work.suspend()
 
-    def apply(self, desired: Desired) -> UpdateOutcome:
+    def apply(self, desired: Desired, *, interrupt: Interrupt | None = None) -> UpdateOutcome:
         """Make the wanted package the one in use. Every failure is reported, none is raised but the one below.
 
-        A request that has ended already only has its result told again, unless it ended for a passing reason.
+        A request that has ended already only has its result told again, unless it ended for a passing reason. One
+        that was followed by another is old news: the result of the latest is told again.
+
+        Args:
+            desired: What is wanted.
+            interrupt: Set from any thread, it ends the update; also when it was set before this call. From the
+                moment on which a package is being activated an update is no longer cancelled.
 
         Raises:
             StoreError: If another update is at work on the store, or the store cannot be opened.
         """
-        with self._store.lock():
-            state = self._journal.read()
+        with self._store.lock(), self._working(interrupt) as interrupt:
+            state = self._ledger.journal.read()
             record = state.record
-            interruptions = 0
             if record is not None and record.desired == desired:
-                if record.report.state.is_final and not record.again:
+                if self._is_settled(record):
                     return self._tell_again(record)
-                interruptions = record.interruptions + (record.report.state in RISKY_STATES)
-            attempt = self._begin(desired, state, interruptions=interruptions, journal=self._journal)
+            elif record is not None and state.is_earlier(desired):
+                self._note_request("replayed", desired)
+                return self._tell_again(record)
+            else:
+                self._note_request("requested", desired)
+                state, record = state.without_record(), None
             before = self._current_reference()
-            report = self._run(attempt, before)
+            state = self._raise_highest(state, before)
+            attempt = Attempt(desired, self._surroundings(), state, interrupt, record=record)
+            course = Course(self._store, self._ledger.probation, self._hooks, self._plan, self._obtain)
+            report = course.run(attempt, before)
             return UpdateOutcome(report=report, changed=self._current_reference() != before)
 
-    def resume(self) -> UpdateOutcome | None:
-        """Go on with an update that a restart cut off, or try one again that ended for a passing reason.
+    def pending(self) -> Desired | None:
+        """Return the request to go on with: one that a restart cut off, that may go on now, or that may be tried again.
 
-        The agent calls it when it starts and every ``repository.check_interval_s``.
+        The agent asks when it starts, every ``repository.check_interval_s``, and after `next_wake_s`.
 
-        Returns:
-            How it ended, or None if there is nothing to go on with.
+        Raises:
+            StoreError: If the journal cannot be read.
+        """
+        record = self._ledger.journal.read().record
+        return None if record is None or self._is_settled(record) else record.desired
+
+    def resume(self, *, interrupt: Interrupt | None = None) -> UpdateOutcome | None:
+        """Apply the `pending` request; return how it ended, or None if there is none.
 
         Raises:
             StoreError: If another update is at work on the store, or the store cannot be opened.
         """
-        record = self._journal.read().record
-        if record is None or (record.report.state.is_final and not record.again):
-            return None
-        return self.apply(record.desired)
+        desired = self.pending()
+        return None if desired is None else self.apply(desired, interrupt=interrupt)
 
-    def pull(self, reference: PackageRef) -> InstalledPackage:
+    def next_wake_s(self) -> float | None:
+        """Return how long it is until an update that waits for its window may go on; None if none waits.
+
+        Raises:
+            StoreError: If the journal cannot be read.
+        """
+        record = self._ledger.journal.read().record
+        if record is None or record.report.state is not UpdateState.WAITING:
+            return None
+        return self._plan.closed_for_s(record.desired)
+
+    def pull(self, reference: PackageRef, *, interrupt: Interrupt | None = None) -> InstalledPackage:
         """Bring a package onto this device, verified, without trying or activating it.
 
         Raises:
@@ -172,9 +162,15 @@ class Updater:
             UpdateCancelledError: If it was cancelled.
         """
         desired = Desired(package=reference.name, version=reference.version, id="pull", requested_by="pull")
-        with self._store.lock():
-            attempt = self._begin(desired, JournalState(), journal=None)
-            return self._acquirer(attempt).obtain(attempt)
+        with self._store.lock(), self._working(interrupt) as interrupt:
+            self._note_request("requested", desired)
+            around = replace(self._surroundings(), journal=None)
+            state = self._ledger.journal.read()
+            attempt = Attempt(desired, around, JournalState(highest=state.highest), interrupt)
+            try:
+                return self._obtain(attempt)
+            finally:
+                interrupt.limit(None, "")
 
     def packages(self) -> tuple[PackageRef, ...]:
         """Return every package that the repository signs.
@@ -185,154 +181,167 @@ class Updater:
             StoreError: If another update is at work on the store, or the store cannot be written.
         """
         with self._store.lock():
-            return self._repository(Downloader(self._source, self._options.download)).packages()
+            downloader = Downloader(self._source, self._options.download)
+            return self._repository(downloader, self._ledger.journal.read()).packages()
 
-    def rollback(self) -> UpdateOutcome:
+    def rollback(self, *, requested_by: str = "") -> UpdateOutcome:
         """Switch back to the previous package.
+
+        Args:
+            requested_by: Who asked, for the audit log.
 
         Raises:
             UnknownPackageError: If there is none.
             PackageError: If it is damaged.
             StoreError: If another update is at work on the store, or the file system refuses.
+            UpdateDeadlineError: If the service does not switch in time; it is then on the package it had.
             LamplighterError: If the service could not switch; it is then on the package it had.
         """
-        with self._store.lock():
-            state = self._journal.read()
+        with self._store.lock(), self._working(None) as interrupt:
+            state = self._ledger.journal.read()
             left = self._current_reference()
             package = self._store.roll_back()
+            wanted = left or package.reference
+            desired = Desired(package=wanted.name, version=wanted.version, id="rollback", requested_by=requested_by)
+            self._note_request("rollback_requested", desired)
+            interrupt.limit(self._options.deadlines.activating_s, f"rolling back to {package.reference}")
             try:
-                self._hooks.activate(package.reference)
+                switch(self._hooks, package.reference, interrupt)
             except Exception:
                 # Whatever kept the service from switching, the link must not name what it does not run.
                 if left is not None:
                     self._store.activate(left)
                 raise
-            wanted = left or package.reference
-            desired = Desired(package=wanted.name, version=wanted.version, id="rollback")
+            self._ledger.probation.end()
             if state.record is not None and str(state.record.desired) == str(wanted):
                 # The request that brought the package here has ended like this: told again, it must not say 'active'.
                 desired = state.record.desired
-            attempt = self._begin(desired, state, journal=self._journal)
+            else:
+                state = state.without_record()
+            attempt = Attempt(desired, self._surroundings(), state, interrupt)
             report = attempt.finish(UpdateState.ROLLED_BACK, message=f"rolled back to {package.reference} by hand")
             return UpdateOutcome(report=report, changed=True)
 
-    def _begin(
-        self, desired: Desired, state: JournalState, *, journal: Journal | None, interruptions: int = 0
-    ) -> Attempt:
-        if not self._suspended:
-            self._stop.clear()
-        return Attempt(
-            desired,
-            journal=journal,
-            state=state,
-            report=self._hooks.report,
-            active=self._active_text,
-            stop=self._stop,
-            interruptions=interruptions,
+    def end_failed_probation(self) -> UpdateOutcome | None:
+        """Switch from a package that failed its probation to the one before it; called when the book says so.
+
+        Returns:
+            How that ended, or None if no package is on probation any more or there is nothing to switch to.
+
+        Raises:
+            StoreError: If another update is at work on the store, or the file system refuses.
+            LamplighterError: If the service could not switch; the next start uses the package before all the same.
+        """
+        with self._store.lock(), self._working(None) as interrupt:
+            report = recovery.end_failed_probation(self._store, self._ledger)
+            return self._follow_store(report, interrupt)
+
+    def heal(self) -> UpdateOutcome | None:
+        """Check the package in use thoroughly; if it is damaged, switch to another one until `resume` has repaired it.
+
+        Returns:
+            How that ended, or None if nothing was wrong.
+
+        Raises:
+            StoreError: If another update is at work on the store, or the file system refuses.
+            LamplighterError: If the service could not switch; the next start uses the other package all the same.
+        """
+        with self._store.lock(), self._working(None) as interrupt:
+            return self._follow_store(recovery.heal(self._store, self._ledger, thorough=True), interrupt)
+
+    def _follow_store(self, report: UpdateReport | None, interrupt: Interrupt) -> UpdateOutcome | None:
+        if report is None:
+            return None
+        self._hooks.report(report)
+        reference = self._current_reference()
+        if reference is not None:
+            interrupt.limit(self._options.deadlines.activating_s, f"switching to {reference}")
+            switch(self._hooks, reference, interrupt)
+        return UpdateOutcome(report=report, changed=True)
+
+    @contextmanager
+    def _working(self, interrupt: Interrupt | None) -> Iterator[Interrupt]:
+        """Let `suspend` reach what is at work; an updater that is suspended already begins nothing."""
+        interrupt = interrupt or Interrupt()
+        with self._guard:
+            self._at_work = interrupt
+            if self._suspended:
+                interrupt.suspend()
+        try:
+            yield interrupt
+        finally:
+            interrupt.limit(None, "")
+            with self._guard:
+                self._at_work = None
+
+    def _is_settled(self, record: UpdateRecord) -> bool:
+        """Return whether there is nothing to do for a request now."""
+        if record.report.state is UpdateState.WAITING:
+            return self._plan.closed_for_s(record.desired) > 0
+        return record.report.state.is_final and not record.again
+
+    def _raise_highest(self, state: JournalState, current: PackageRef | None) -> JournalState:
+        """Count the package in use as the highest of its name, once it has passed its probation."""
+        probation = self._ledger.probation.probation
+        if current is None or (probation is not None and probation.reference == current):
+            return state
+        highest = state.highest.get(current.name)
+        if highest is not None and version_key(current.version) <= version_key(highest):
+            return state
+        return state.with_highest(current)
+
+    def _note_request(self, event: str, desired: Desired) -> None:
+        entry = AuditEntry(
+            event=event,
+            package=str(desired),
+            requested_by=desired.requested_by,
+            request=desired.id,
+            active=self._active_text(),
         )
-
-    def _run(self, attempt: Attempt, before: PackageRef | None) -> UpdateReport:
-        """Carry an update out and end it, whatever happens."""
-        known = set(self._store.installed())
-        try:
-            self._bring_into_use(attempt, before)
-        except LamplighterError as error:
-            return self._fail(attempt, error, known)
-        except Exception as error:
-            # The boundary of an update: a defect in it or in a hook must not leave the fleet waiting for its end.
-            logger.exception("the update to %s ended by a defect", attempt.desired)
-            return self._fail(attempt, LamplighterError(f"{type(error).__name__}: {error}"), known)
-        attempt.forget_failure()
-        report = attempt.finish(UpdateState.ACTIVE)
-        self._tidy()
-        return report
-
-    def _bring_into_use(self, attempt: Attempt, before: PackageRef | None) -> None:
-        attempt.enter(UpdateState.RECEIVED)
-        if before == attempt.desired.reference and self._is_whole(before):
-            return
-        package = self._acquirer(attempt).obtain(attempt)
-        attempt.enter(UpdateState.PREPARING)
-        if attempt.interruptions >= _MAX_INTERRUPTIONS:
-            raise TrialFailedError(
-                f"{package.reference}: the agent was cut off {attempt.interruptions} times while trying it",
-                hint="it may need more memory than this device has",
-            )
-        self._hooks.prepare(package.path, package.manifest)
-        attempt.enter(UpdateState.TRYING)
-        measurement = self._hooks.trial(package.path, package.manifest)
-        verdict = judge_trial(package.manifest, measurement, attempt.desired.policy.limits)
-        if not verdict.passed:
-            raise TrialFailedError(f"{package.reference}: {verdict.code}: {verdict.message}")
-        attempt.enter(UpdateState.ACTIVATING)
-        self._store.activate(package.reference)
-        try:
-            self._hooks.activate(package.reference)
-        except Exception:
-            # Whatever kept the service from switching, defects included, the link must not name what it does not run.
-            if before != package.reference:
-                self._store.return_to(before)
-            attempt.switched_back = True
-            raise
-
-    def _fail(self, attempt: Attempt, error: LamplighterError, known: set[PackageRef]) -> UpdateReport:
-        """End an update that did not succeed, and remove a package that it brought and that is not wanted again."""
-        cancelled = isinstance(error, UpdateCancelledError)
-        if cancelled and self._suspended:
-            return attempt.suspend()
-        tried = attempt.step in RISKY_STATES and not cancelled and not isinstance(error, StoreError)
-        if tried:
-            attempt.remember_failure(error.message)
-        report = attempt.finish(_end_of(attempt, error), error=error, again=not tried and not cancelled)
-        if tried or attempt.step is UpdateState.VERIFYING:
-            self._discard_new(attempt.desired.reference, known)
-        if tried:
-            self._tidy()
-        return report
-
-    def _discard_new(self, reference: PackageRef, known: set[PackageRef]) -> None:
-        if reference in known:
-            return
-        try:
-            self._store.discard(reference)
-        except StoreError as error:
-            logger.warning("the refused package stays on the disk until the next update: %s", error)
-
-    def _tidy(self) -> None:
-        """Remove what is beyond ``keep_packages``; the update has ended already, whatever comes of this."""
-        try:
-            self._store.prune(self._store.newest(self._options.keep_packages))
-        except LamplighterError as error:
-            logger.warning("the store could not be pruned: %s", error)
-
-    def _is_whole(self, reference: PackageRef) -> bool:
-        try:
-            self._store.verify(self._store.package(reference))
-        except PackageError as error:
-            logger.warning("the package in use is damaged and will be fetched again: %s", error)
-            return False
-        return True
+        self._ledger.audit.write(entry)
 
     def _tell_again(self, record: UpdateRecord) -> UpdateOutcome:
         report = msgspec.structs.replace(record.report, active=self._active_text())
         self._hooks.report(report)
         return UpdateOutcome(report=report, changed=False)
 
-    def _acquirer(self, attempt: Attempt) -> Acquirer:
-        downloader = Downloader(self._source, self._options.download, attempt.stop)
-        return Acquirer(
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(
+            journal=self._ledger.journal,
+            audit=self._ledger.audit,
+            report=self._hooks.report,
+            active=self._active_text,
+            deadlines=self._options.deadlines,
+        )
+
+    def _obtain(self, attempt: Attempt) -> InstalledPackage:
+        downloader = Downloader(self._source, self._options.download, attempt.interrupt)
+        state = self._ledger.journal.read()
+        moment = self._plan.now()
+        verdict = clock.judge_clock(moment, state.clock_confirmed)
+        if verdict.code != "ok":
+            attempt.warning = verdict.code
+            attempt.note(verdict.code, verdict.message)
+            logger.warning("%s", verdict.message)
+        acquirer = Acquirer(
             store=self._store,
             downloader=downloader,
-            repository=self._repository(downloader),
+            repository=self._repository(downloader, state),
             device=self._device,
+            clock=verdict,
+            moment=moment,
             parallel_downloads=self._options.parallel_downloads,
             progress_interval_s=self._options.progress_interval_s,
         )
+        return acquirer.obtain(attempt)
 
-    def _repository(self, downloader: Downloader) -> TrustedRepository:
-        scratch_dir = self._store.staging_dir / "metadata"
+    def _repository(self, downloader: Downloader, state: JournalState) -> TrustedRepository:
         return TrustedRepository(
-            downloader, root=self._root, metadata_dir=self._store.metadata_dir, scratch_dir=scratch_dir
+            downloader,
+            root=self._root,
+            metadata_dir=self._store.metadata_dir,
+            scratch_dir=self._store.staging_dir / "metadata",
+            not_before=state.clock_confirmed,
         )
 
     def _current_reference(self) -> PackageRef | None:
@@ -347,13 +356,3 @@ class Updater:
     def _active_text(self) -> str | None:
         reference = self._current_reference()
         return None if reference is None else str(reference)
-
-
-def _end_of(attempt: Attempt, error: LamplighterError) -> UpdateState:
-    if isinstance(error, UpdateCancelledError):
-        return UpdateState.CANCELLED
-    if attempt.switched_back:
-        return UpdateState.ROLLED_BACK
-    if attempt.step in {UpdateState.RECEIVED, UpdateState.CHECKING} and isinstance(error, PackageError):
-        return UpdateState.REJECTED
-    return UpdateState.FAILED

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import random
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from lamplighter_agent.errors import (
 )
 from lamplighter_agent.package.manifest import FileEntry
 from lamplighter_agent.update.downloader import Downloader, DownloadOptions, HttpSource
+from lamplighter_agent.update.interrupt import Interrupt
 from lamplighter_agent.update.sources import DirectorySource
 from support.package_server import Fault, PackageServer
 from support.packages import CHUNK_BYTES, file_entry
@@ -59,9 +59,9 @@ def part_of(destination: Path) -> Path:
 
 
 def downloader(
-    server: PackageServer, options: DownloadOptions = FAST, cancel: threading.Event | None = None
+    server: PackageServer, options: DownloadOptions = FAST, interrupt: Interrupt | None = None
 ) -> Downloader:
-    return Downloader(HttpSource(server.url, timeout_s=options.timeout_s), options, cancel)
+    return Downloader(HttpSource(server.url, timeout_s=options.timeout_s), options, interrupt)
 
 
 def test_file_arrives_whole_and_nothing_else_stays(served: PackageServer, entry: FileEntry, destination: Path) -> None:
@@ -305,24 +305,24 @@ def test_speed_limit_is_kept(served: PackageServer, entry: FileEntry, destinatio
 
 def test_cancel_ends_a_transfer_and_keeps_the_part(served: PackageServer, entry: FileEntry, destination: Path) -> None:
     served.faults.append(Fault("blob", drip_s=0.005, drip_bytes=CHUNK_BYTES))
-    cancel = threading.Event()
+    interrupt = Interrupt()
 
     def progress(count: int) -> None:
         if count >= 5 * CHUNK_BYTES:
-            cancel.set()
+            interrupt.cancel()
 
     with pytest.raises(UpdateCancelledError):
-        downloader(served, FAST, cancel).fetch_file("blob", entry, destination, progress)
+        downloader(served, FAST, interrupt).fetch_file("blob", entry, destination, progress)
     assert 5 * CHUNK_BYTES <= part_of(destination).stat().st_size < LENGTH
     assert not destination.exists()
 
 
 def test_cancel_ends_the_wait_for_a_retry(served: PackageServer, entry: FileEntry, destination: Path) -> None:
     served.faults.append(Fault("blob", status=503))
-    cancel = threading.Event()
-    cancel.set()
+    interrupt = Interrupt()
+    interrupt.cancel()
     with pytest.raises(UpdateCancelledError):
-        downloader(served, DownloadOptions(backoff_s=1000, backoff_max_s=1000), cancel).fetch_file(
+        downloader(served, DownloadOptions(backoff_s=1000, backoff_max_s=1000), interrupt).fetch_file(
             "blob", entry, destination
         )
 

@@ -113,7 +113,7 @@ def test_reference_is_read_and_written() -> None:
 
 
 def test_desired_of_a_newer_fleet_tool_is_understood() -> None:
-    data = b'{"package": "tiny", "version": "1", "id": "x", "news": 1, "policy": {"window": "night"}}'
+    data = b'{"package": "tiny", "version": "1", "id": "x", "news": 1, "policy": {"mood": "calm"}}'
     assert msgspec.json.decode(data, type=Desired) == Desired(package="tiny", version="1", id="x")
 
 

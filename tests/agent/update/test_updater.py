@@ -25,10 +25,12 @@ from lamplighter_agent.errors import (
     WorkerError,
 )
 from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
+from lamplighter_agent.update.interrupt import Interrupt
+from lamplighter_agent.update.journal import JOURNAL_NAME
 from lamplighter_agent.update.sources import DirectorySource
 from lamplighter_agent.update.states import PackageRef, TrialLimits, UpdatePolicy, UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
-from lamplighter_agent.update.updater import JOURNAL_NAME, Updater
+from lamplighter_agent.update.updater import Updater
 from lamplighter_fleet.keys import create_keys
 from lamplighter_fleet.repository import Expiry
 from support.package_server import Fault
@@ -36,6 +38,7 @@ from support.packages import CHUNK_BYTES, WEIGHTS_BYTES
 from support.update_world import DEVICE, PATIENT, PowerCut, World, desired
 
 FIRST, SECOND = PackageRef("tiny", "1.0.0"), PackageRef("tiny", "2.0.0")
+COURSE = [state for state in UpdateState if state is not UpdateState.WAITING]  # that one only with a window
 
 
 def blob_of(world: World, version: str, name: str) -> str:
@@ -338,9 +341,7 @@ def test_passing_failure_is_tried_again_and_goes_on_where_it_stopped(world: Worl
     assert world.server.requests(weights)[-1].range == f"bytes={10 * CHUNK_BYTES}-"
 
 
-@pytest.mark.parametrize(
-    "at", [state for state in UpdateState if not state.is_final], ids=lambda state: str(state.value)
-)
+@pytest.mark.parametrize("at", [state for state in COURSE if not state.is_final], ids=lambda state: str(state.value))
 def test_update_cut_off_in_any_state_goes_on_after_a_restart(world: World, at: UpdateState) -> None:
     world.install()
     world.publish("2.0.0", weights_seed=2)
@@ -380,14 +381,14 @@ def test_cancel_ends_a_download_and_keeps_what_came(world: World) -> None:
     world.install()
     world.publish("2.0.0", weights_seed=2)
     world.server.faults.append(Fault(blob_of(world, "2.0.0", WEIGHTS_NAME), drip_s=0.005, drip_bytes=1024))
-    updater = world.updater()
+    interrupt = Interrupt()
 
     def cancel(report: UpdateReport) -> None:
         if report.bytes_done > CHUNK_BYTES * 4 and report.state is UpdateState.DOWNLOADING:
-            updater.cancel()
+            interrupt.cancel()
 
     world.service.on_report = cancel
-    report = updater.apply(desired("2.0.0", id="two")).report
+    report = world.updater().apply(desired("2.0.0", id="two"), interrupt=interrupt).report
     assert (report.state, report.reason) == (UpdateState.CANCELLED, UpdateCancelledError.reason)
     check_untouched(world)
     assert list(world.store.blobs.directory.glob("*.part"))
@@ -396,9 +397,10 @@ def test_cancel_ends_a_download_and_keeps_what_came(world: World) -> None:
 
 def test_package_being_activated_is_no_longer_cancelled(world: World) -> None:
     world.publish()
-    updater = world.updater()
-    world.service.on_report = lambda r: updater.cancel() if r.state is UpdateState.ACTIVATING else None
-    assert updater.apply(desired()).succeeded
+    interrupt, heard = Interrupt(), []
+    world.service.on_report = lambda r: heard.append(interrupt.cancel()) if r.state is UpdateState.ACTIVATING else None
+    assert world.updater().apply(desired(), interrupt=interrupt).succeeded
+    assert heard == [False]
 
 
 @pytest.mark.parametrize("at", [UpdateState.DOWNLOADING, UpdateState.PREPARING], ids=lambda state: str(state.value))

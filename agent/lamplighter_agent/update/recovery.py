@@ -1,0 +1,183 @@
+"""What brings a box back by itself: a damaged package in use, and one that fails its probation.
+
+`start_up` runs before the engine is started, so that a package that takes the whole device down is gone from
+``current`` before it is loaded again. All of it needs only what is on the disk, no repository and no network.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import msgspec
+
+from lamplighter_agent.errors import HashMismatchError, LamplighterError, ProbationFailedError, StoreError
+from lamplighter_agent.update.audit import AuditEntry
+from lamplighter_agent.update.installed import InstalledPackage
+from lamplighter_agent.update.journal import FailedVersion, UpdateRecord
+from lamplighter_agent.update.ledger import Ledger
+from lamplighter_agent.update.probation import Probation
+from lamplighter_agent.update.states import Desired, PackageRef, UpdateReport, UpdateState
+from lamplighter_agent.update.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class StartUp(NamedTuple):
+    """What to do at the agent's start.
+
+    Attributes:
+        package: The package to run, or None.
+        report: What there is to tell the fleet, or None.
+    """
+
+    package: InstalledPackage | None
+    report: UpdateReport | None
+
+
+def start_up(store: Store, ledger: Ledger) -> StartUp:
+    """Decide which package to run, before any is loaded: count the start, roll back and heal where needed.
+
+    Whatever is wrong with the store, the best package that can be read is returned. The caller holds no lock.
+    """
+    try:
+        with store.lock():
+            report = end_failed_probation(store, ledger) if _count_start(store, ledger) else None
+            report = heal(store, ledger, thorough=False) or report
+    except StoreError as error:
+        logger.error("the store cannot be put in order: %s", error.message)  # noqa: TRY400
+        report = None
+    reference = store.in_use()
+    if reference is None or not store.is_complete(reference):
+        return StartUp(None, report)
+    return StartUp(store.package(reference), report)
+
+
+def end_failed_probation(store: Store, ledger: Ledger) -> UpdateReport | None:
+    """Go back from the package on probation to the one before it, and remember that it failed.
+
+    The caller holds the store's lock, and switches the service where one runs.
+
+    Returns:
+        The report for the fleet, or None if no package is on probation.
+
+    Raises:
+        StoreError: If the file system refuses.
+    """
+    probation = ledger.probation.probation
+    if probation is None:
+        return None
+    fallback = probation.before if probation.before and store.is_whole(probation.before) else None
+    fallback = fallback or _best_other(store, probation.reference)
+    store.return_to(fallback)
+    error = ProbationFailedError(
+        f"{probation.reference} failed {probation.failures} times within its probation, the last time: "
+        f"{probation.last_failure}; {fallback or 'no package'} is in use instead",
+        hint="publish a repaired version; this one is tried again only with policy.retry_failed",
+    )
+    report = _report(probation.desired, UpdateState.ROLLED_BACK, error, fallback)
+    state = ledger.journal.read()
+    failed = FailedVersion(
+        reference=probation.reference, manifest_sha256=probation.manifest_sha256, message=probation.last_failure
+    )
+    state = state.with_failure(failed)
+    if state.record is not None and state.record.desired == probation.desired:
+        state = msgspec.structs.replace(state, record=UpdateRecord(desired=probation.desired, report=report))
+    ledger.journal.write(state)
+    # Last: a power cut before this comes here again.
+    ledger.probation.end()
+    _note(ledger, probation, report)
+    return report
+
+
+def heal(store: Store, ledger: Ledger, *, thorough: bool) -> UpdateReport | None:
+    """Take another package into use if the one in use is damaged; the update that brought it is done again.
+
+    The caller holds the store's lock, and switches the service where one runs.
+
+    Args:
+        store: The packages.
+        ledger: What is remembered.
+        thorough: Hash every file; otherwise look at lengths only, which takes no time at a start.
+
+    Returns:
+        The report for the fleet, or None if nothing was damaged.
+
+    Raises:
+        StoreError: If the file system refuses.
+    """
+    damaged = store.in_use()
+    if damaged is None:
+        if not store.has_current_entry():
+            return None
+    elif store.is_whole(damaged) if thorough else store.is_complete(damaged):
+        return None
+    fallback = _best_other(store, damaged)
+    if damaged is None or fallback is not None:
+        store.return_to(fallback)
+    what = f"the package in use, {damaged}," if damaged else "the link to the package in use"
+    error = HashMismatchError(f"{what} is damaged on this device; {fallback or 'nothing'} serves instead")
+    state = ledger.journal.read()
+    desired = state.record.desired if state.record else None
+    if damaged is not None and (desired is None or str(desired) != str(damaged)):
+        desired = Desired(package=damaged.name, version=damaged.version, id="repair", requested_by="agent")
+    if desired is None:
+        return None
+    report = _report(desired, UpdateState.FAILED, error, fallback)
+    record = UpdateRecord(desired=desired, report=report, again=True)
+    if state.record is None or state.record.report.state.is_final:
+        ledger.journal.write(msgspec.structs.replace(state.without_record(), record=record))
+    if ledger.probation.probation is not None and ledger.probation.probation.reference != store.in_use():
+        ledger.probation.end()
+    entry = AuditEntry(event="damaged", package=str(desired), reason=error.reason, message=error.message)
+    ledger.audit.write(entry)
+    logger.error("%s", error.message)
+    return report
+
+
+def _count_start(store: Store, ledger: Ledger) -> bool:
+    """Count this start against a package on probation; True if that was one too many."""
+    probation = ledger.probation.probation
+    if probation is None:
+        return False
+    if probation.reference != store.in_use():
+        # A crash between the beginning of the probation and the activation, or after a rollback.
+        ledger.probation.end()
+        return False
+    return ledger.probation.note_start() == "failed"
+
+
+def _best_other(store: Store, damaged: PackageRef | None) -> PackageRef | None:
+    """Return the whole package that was in use before, or the newest whole one, other than a damaged one."""
+    candidates = [store.previous_reference(), *store.newest(len(store.installed()))]
+    for candidate in candidates:
+        if candidate is not None and candidate != damaged and store.is_whole(candidate):
+            return candidate
+    return None
+
+
+def _report(desired: Desired, state: UpdateState, error: LamplighterError, active: PackageRef | None) -> UpdateReport:
+    return UpdateReport(
+        id=desired.id,
+        state=state,
+        package=desired.package,
+        version=desired.version,
+        active=str(active) if active else None,
+        reason=error.reason,
+        message=error.message,
+        hint=error.hint,
+    )
+
+
+def _note(ledger: Ledger, probation: Probation, report: UpdateReport) -> None:
+    entry = AuditEntry(
+        event=report.state.value,
+        package=str(probation.reference),
+        requested_by="agent",
+        request=probation.desired.id,
+        active=report.active,
+        reason=report.reason,
+        message=report.message,
+    )
+    ledger.audit.write(entry)
+    logger.error("%s", report.message)
