@@ -27,7 +27,7 @@ AGENT_LAYERS = {
     "cli": {"errors", "update", "engine", "service"},
 }
 BUILDER_LAYERS = {
-    "graph": {"graph"},
+    "graph": {"graph", "quantization"},
     "fields": {"fields"},
     "quantization": {"quantization"},
     "components": {"graph", "components", "fields", "quantization"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -29,12 +30,13 @@ from lamplighter_builder import __version__
 from lamplighter_builder.chat_template import compile_chat_template
 from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
-from lamplighter_builder.graph import FloatArray, Graph, Region, Weight
+from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
 from lamplighter_builder.licence import spdx_licence
 from lamplighter_builder.memory import memory_needs
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.precision import PRECISIONS, PrecisionName, PrecisionPlan
 from lamplighter_builder.progress import Progress
+from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.registry import find_architecture
 from lamplighter_builder.runner import Runner
 from lamplighter_builder.weight_file import WeightFile
@@ -188,8 +190,7 @@ def write_model(graph: Graph, checkpoint: Checkpoint, directory: Path, progress:
     regions: dict[str, Region] = {}
     with WeightFile(directory / WEIGHTS_NAME) as file:
         for weight in graph.weights:
-            sources = [_read_finite(checkpoint, source.name) for source in weight.sources]
-            for spec, array in zip(weight.outputs, weight.convert(sources), strict=True):
+            for spec, array in zip(weight.outputs, _make_arrays(weight, checkpoint), strict=True):
                 if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
                     raise BuildError(f"{spec.name}: made {array.dtype}{array.shape}, declared {spec}")
                 regions[spec.name] = file.append(array)
@@ -301,11 +302,34 @@ def provenance(checkpoint: Checkpoint, options: BuildOptions, progress: Progress
     )
 
 
+def _make_arrays(weight: Weight, checkpoint: Checkpoint) -> Sequence[Array]:
+    """Run a weight's recipe: stored codes as they are where they fit, float32 values otherwise."""
+    if weight.repack is not None:
+        stored = [
+            matrix for source in weight.sources if (matrix := _stored_matrix(checkpoint, source.name)) is not None
+        ]
+        arrays = weight.repack(stored) if len(stored) == len(weight.sources) else None
+        if arrays is not None:
+            return arrays
+    return weight.convert([_read_finite(checkpoint, source.name) for source in weight.sources])
+
+
+def _stored_matrix(checkpoint: Checkpoint, name: str) -> QuantizedMatrix | None:
+    matrix = checkpoint.quantized(name)
+    if matrix is not None:
+        _check_finite(matrix.scales, checkpoint, name)
+    return matrix
+
+
 def _read_finite(checkpoint: Checkpoint, name: str) -> FloatArray:
     values = checkpoint.read(name)
+    _check_finite(values, checkpoint, name)
+    return values
+
+
+def _check_finite(values: FloatArray, checkpoint: Checkpoint, name: str) -> None:
     if not np.isfinite(values).all():
         raise CheckpointError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
-    return values
 
 
 def _elements(weight: Weight) -> int:

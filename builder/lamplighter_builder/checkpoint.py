@@ -21,6 +21,7 @@ import numpy.typing as npt
 from lamplighter_agent.errors import CheckpointError
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import FloatArray
+from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 
 _DTYPES: Final[Mapping[str, npt.DTypeLike]] = {
     "F64": np.float64,
@@ -89,6 +90,16 @@ class Checkpoint(ABC):
         Raises:
             CheckpointError: If the file is shorter than it says or of an unknown type.
         """
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        """Read one matrix as codes and scales where the file stores it in a form that ``MatMulNBits`` has too.
+
+        It dequantizes to exactly what :meth:`read` returns. None for every other tensor.
+
+        Raises:
+            CheckpointError: If the file is shorter than it says.
+        """
+        return None
 
     @abstractmethod
     def tokenizer(self) -> TokenizerFiles:

@@ -10,16 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
 from lamplighter_builder.checkpoint import Checkpoint, TensorInfo, TokenizerFiles
 from lamplighter_builder.fields import Fields
+from lamplighter_builder.gguf_blocks import EXACT_KINDS, exact_matrix
 from lamplighter_builder.gguf_tokenizer import GgufVocabulary, tokenizer_json
 from lamplighter_builder.graph import FloatArray
+from lamplighter_builder.quantization.blockwise import CodeArray, QuantizedMatrix
+
+_Element = TypeVar("_Element", bound=np.generic)
 
 _GLOBAL_TENSORS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -107,14 +112,36 @@ class GgufCheckpoint(Checkpoint):
             CheckpointError: If the file ends early or the quantization is unknown to the ``gguf`` package.
         """
         stored = self._stored[name]
-        raw = np.fromfile(self.path, dtype=np.uint8, count=stored.length, offset=stored.offset)
-        if raw.size != stored.length:
-            raise CheckpointError(f"{self.path}: the file ends inside tensor {name}", hint="download it again")
         try:
-            values = _dequantize(raw, stored)
+            values = _dequantize(self._raw(name), stored)
         except NotImplementedError as error:
             raise CheckpointError(f"{self.path}: tensor {name} is stored as {stored.kind.name}: {error}") from error
         return values if stored.heads is None else _restore_head_order(values, stored.heads)
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        """Read a ``Q4_0`` or ``Q8_0`` matrix as codes and scales, rows in Hugging Face's order; None for others.
+
+        Raises:
+            CheckpointError: If the file ends early.
+        """
+        stored = self._stored[name]
+        if stored.kind not in EXACT_KINDS or len(stored.info.shape) != 2:
+            return None
+        matrix = exact_matrix(self._raw(name), stored.kind, (stored.info.shape[0], stored.info.shape[1]))
+        if stored.heads is None:
+            return matrix
+        return QuantizedMatrix(
+            format=matrix.format,
+            codes=_restore_head_order(matrix.codes, stored.heads),
+            scales=_restore_head_order(matrix.scales, stored.heads),
+        )
+
+    def _raw(self, name: str) -> CodeArray:
+        stored = self._stored[name]
+        raw = np.fromfile(self.path, dtype=np.uint8, count=stored.length, offset=stored.offset)
+        if raw.size != stored.length:
+            raise CheckpointError(f"{self.path}: the file ends inside tensor {name}", hint="download it again")
+        return raw
 
     def tokenizer(self) -> TokenizerFiles:
         """Make ``tokenizer.json`` from the vocabulary in the metadata.
@@ -205,7 +232,7 @@ def _dequantize(raw: np.ndarray[Any, np.dtype[np.uint8]], stored: _Stored) -> Fl
     return np.ascontiguousarray(values, dtype=np.float32).reshape(stored.info.shape)
 
 
-def _restore_head_order(values: FloatArray, heads: int) -> FloatArray:
+def _restore_head_order(values: npt.NDArray[_Element], heads: int) -> npt.NDArray[_Element]:
     """Undo the interleaving: rows of a head lie as (pair, half) in the file and as (half, pair) in Hugging Face's."""
     pairs = values.shape[0] // heads // 2
     split = values.reshape(heads, pairs, 2, *values.shape[1:])

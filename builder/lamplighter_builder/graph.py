@@ -19,6 +19,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from lamplighter_builder.quantization.blockwise import QuantizedMatrix
+
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 Attribute = int | float | str | Sequence[int]
@@ -71,12 +73,15 @@ class Weight:
         sources: Checkpoint tensors, in the order that ``convert`` takes them; empty for computed tables.
         outputs: Initializers, in the order that ``convert`` gives them.
         convert: From float32 sources to the outputs' arrays.
+        repack: From sources that the checkpoint holds quantized to the outputs' arrays, or None where they do not
+            fit bit for bit; asked before ``convert``. None if the weight is never quantized.
     """
 
     group: str
     sources: tuple[Source, ...]
     outputs: tuple[TensorSpec, ...]
     convert: Callable[[Sequence[FloatArray]], Sequence[Array]]
+    repack: Callable[[Sequence[QuantizedMatrix]], Sequence[Array] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

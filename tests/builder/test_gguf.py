@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -11,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.gguf import GgufCheckpoint
+from support.gguf_files import write_gguf
 from support.tiny_model import tiny_tokenizer
 
 TEXTS = [
@@ -24,71 +24,6 @@ TEXTS = [
     "\u00a0\u200b\ufeff\x00\x7f",
     "",
 ]
-HEADS, KEY_HEADS, HEAD_DIM = 4, 2, 16
-
-
-def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder rows as llama.cpp's converter does."""
-    rows = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(weight.shape)
-
-
-def write_gguf(
-    path: Path, checkpoint: HuggingFaceCheckpoint, *, architecture: str = "llama", pre: str = "gpt-2"
-) -> Path:
-    """Write a tiny checkpoint as llama.cpp's converter would, in float32."""
-    names = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(512)
-    writer.add_embedding_length(64)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_string("general.license", "mit")
-    vocabulary = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list([text for text, _ in vocabulary])
-    writer.add_token_types([3 if text.startswith("<|") else 1 for text, _ in vocabulary])
-    writer.add_token_merges([" ".join(pair) for pair in merges()])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    for name in checkpoint.tensors:
-        values = checkpoint.read(name)
-        if ".q_proj" in name or ".k_proj" in name:
-            values = interleave(values, HEADS if ".q_proj" in name else KEY_HEADS)
-        module, _, kind = name.removeprefix("model.").rpartition(".")
-        if module.startswith("layers."):
-            _, index, inner = module.split(".", 2)
-            stored = f"blk.{index}.{names[inner]}.{kind}"
-        else:
-            stored = {"embed_tokens": "token_embd", "norm": "output_norm"}[module] + f".{kind}"
-        writer.add_tensor(stored, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def merges() -> list[list[str]]:
-    import json
-
-    found: list[list[str]] = json.loads(tiny_tokenizer().to_str())["model"]["merges"]
-    return found
 
 
 def test_weights_come_back_in_hugging_faces_order(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -8,9 +8,15 @@ from typing import Protocol
 
 import numpy as np
 
-from lamplighter_builder.components.linear import Quantizer, matmul_nbits, quantized_arrays, quantized_specs
+from lamplighter_builder.components.linear import (
+    Quantizer,
+    exact_repacker,
+    matmul_nbits,
+    quantized_arrays,
+    quantized_specs,
+)
 from lamplighter_builder.graph import CONTRIB_DOMAIN, Array, FloatArray, Graph, Source, TensorSpec, Value, Weight
-from lamplighter_builder.quantization.blockwise import BlockFormat
+from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +77,20 @@ class QuantizedEmbedding:
         codes, *rest = self._matrix_specs
         table = TensorSpec(codes.name, np.uint8, (spec.vocab_size, codes.nbytes // spec.vocab_size))
 
-        def convert(sources: Sequence[FloatArray]) -> list[Array]:
-            packed, *others = quantized_arrays(quantizer(spec.name, sources[0]))
+        def as_table(arrays: Sequence[Array]) -> list[Array]:
+            packed, *others = arrays
             return [packed.reshape(table.shape), *others]
 
-        self._tensors = graph.weight(Weight("embedding", (spec.source,), (table, *rest), convert))
+        def convert(sources: Sequence[FloatArray]) -> list[Array]:
+            return as_table(quantized_arrays(quantizer(spec.name, sources[0])))
+
+        exactly = exact_repacker(block_format)
+
+        def repack(sources: Sequence[QuantizedMatrix]) -> list[Array] | None:
+            arrays = exactly(sources)
+            return None if arrays is None else as_table(arrays)
+
+        self._tensors = graph.weight(Weight("embedding", (spec.source,), (table, *rest), convert, repack))
 
     def lookup(self, graph: Graph, token_ids: Value) -> Value:
         """From token ids int64 [B, S] to hidden states [B, S, hidden_size]."""

@@ -19,7 +19,12 @@ from lamplighter_builder.graph import (
     Value,
     Weight,
 )
-from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
+from lamplighter_builder.quantization.blockwise import (
+    BlockFormat,
+    QuantizedMatrix,
+    convert_exactly,
+    stack_matrices,
+)
 
 ACCURACY_LEVEL: Final = 4
 """``MatMulNBits`` computes with activations quantized to int8; on the CPU four times as fast as float32."""
@@ -98,7 +103,8 @@ class QuantizedLinear:
         def convert(sources: Sequence[FloatArray]) -> list[Array]:
             return quantized_arrays(self._quantizer(spec.name, _stack(sources)))
 
-        tensors = graph.weight(Weight(spec.group, spec.sources, outputs, convert))
+        repack = exact_repacker(self._format)
+        tensors = graph.weight(Weight(spec.group, spec.sources, outputs, convert, repack))
         bias = declare_bias(graph, spec) if spec.biases else None
         return matmul_nbits(graph, x, tensors, self._format, (spec.out_features, spec.in_features), bias)
 
@@ -125,6 +131,17 @@ def quantized_arrays(matrix: QuantizedMatrix) -> list[Array]:
     arrays: list[Array] = [matrix.packed_codes(), matrix.scales]
     zero_points = matrix.packed_zero_points()
     return arrays if zero_points is None else [*arrays, zero_points]
+
+
+def exact_repacker(block_format: BlockFormat) -> Callable[[Sequence[QuantizedMatrix]], list[Array] | None]:
+    """Return a ``Weight.repack``: stacks stored matrices along N, in a format that holds the same values."""
+
+    def repack(matrices: Sequence[QuantizedMatrix]) -> list[Array] | None:
+        stacked = stack_matrices(matrices)
+        exact = None if stacked is None else convert_exactly(stacked, block_format)
+        return None if exact is None else quantized_arrays(exact)
+
+    return repack
 
 
 def matmul_nbits(

@@ -7,6 +7,7 @@ zero points both operators take ``2 ** (bits - 1)``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -115,6 +116,42 @@ class QuantizedMatrix:
     def packed_zero_points(self) -> CodeArray | None:
         """Return the zero points as uint8 [N, ceil(blocks * bits / 8)], each row padded with zero bits, or None."""
         return None if self.zero_points is None else pack(self.zero_points, self.format.bits)
+
+
+def stack_matrices(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:
+    """Return the matrices stacked along N, or None if their formats differ."""
+    first = matrices[0]
+    if any(matrix.format != first.format for matrix in matrices):
+        return None
+    zero_points = [matrix.zero_points for matrix in matrices if matrix.zero_points is not None]
+    return QuantizedMatrix(
+        format=first.format,
+        codes=np.concatenate([matrix.codes for matrix in matrices]),
+        scales=np.concatenate([matrix.scales for matrix in matrices]),
+        zero_points=np.concatenate(zero_points) if zero_points else None,
+    )
+
+
+def convert_exactly(matrix: QuantizedMatrix, target: BlockFormat) -> QuantizedMatrix | None:
+    """Return a matrix in another format that dequantizes to the very same values, or None if there is none.
+
+    Blocks may be cut into smaller ones, a default zero point may be written out, and codes may gain bits.
+    """
+    source = matrix.format
+    if source.block_size % target.block_size or target.bits < source.bits:
+        return None
+    if target.symmetric and not source.symmetric:
+        return None
+    repeat = source.block_size // target.block_size
+    scales = np.repeat(matrix.scales, repeat, axis=1)
+    if target.symmetric:
+        shift = np.uint8(target.default_zero_point - source.default_zero_point)
+        return QuantizedMatrix(format=target, codes=matrix.codes + shift, scales=scales)
+    if matrix.zero_points is None:
+        zero_points = np.full(scales.shape, source.default_zero_point, dtype=np.uint8)
+    else:
+        zero_points = np.repeat(matrix.zero_points, repeat, axis=1)
+    return QuantizedMatrix(format=target, codes=matrix.codes, scales=scales, zero_points=zero_points)
 
 
 def pack(codes: CodeArray, bits: int) -> CodeArray:
