@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
+from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError
 from lamplighter_agent.package.manifest import GenerationDefaults
@@ -41,7 +42,9 @@ def byte_fallback_tokenizer() -> PackageTokenizer:
     return PackageTokenizer(tokenizer, byte_fallback=True)
 
 
-def memory_plan(*, slots: int = 4, context: int = 64, kv_tokens: int | None = None, chunk: int = 8) -> MemoryPlan:
+def memory_plan(
+    *, slots: int = 4, context: int = 64, kv_tokens: int | None = None, chunk: int = 8, prefixes: int = 1 << 16
+) -> MemoryPlan:
     """Return a plan with these limits; its bytes do not matter to a scheduler."""
     return MemoryPlan(
         budget_bytes=0,
@@ -54,6 +57,7 @@ def memory_plan(*, slots: int = 4, context: int = 64, kv_tokens: int | None = No
         max_context_tokens=context,
         slots=slots,
         prefill_chunk_tokens=chunk,
+        prefix_cache_bytes=prefixes,
     )
 
 
@@ -63,6 +67,7 @@ class ChecksumRunner:
     So a slot that was moved, trimmed or overwritten wrongly changes the text.
 
     Attributes:
+        prefixes: A prefix cache of the plan's size.
         prefills: Number of tokens of every prefill chunk, in order.
         batches: Size of every decode batch, in order.
         fail_prefill: If set, a chunk that holds this token fails.
@@ -71,6 +76,7 @@ class ChecksumRunner:
 
     def __init__(self, plan: MemoryPlan) -> None:
         self.cache = KVCache(CacheSpec(1, 2, 2), slots=plan.slots, capacity=plan.max_context_tokens)
+        self.prefixes = PrefixCache(self.cache.spec, max_bytes=plan.prefix_cache_bytes)
         self.prefills: list[int] = []
         self.batches: list[int] = []
         self.fail_prefill: int | None = None
@@ -96,7 +102,7 @@ class ChecksumRunner:
         offset = self.cache.offset(slot)
         for buffer in self.cache.buffers:
             buffer[slot, :, offset] = token
-        self.cache.advance(slot, 1)
+        self.cache.advance(slot, (token,))
 
     def _logits(self, slot: int) -> NDArray[np.float32]:
         checksums = []

@@ -23,6 +23,7 @@ from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.scheduler import Scheduler
@@ -63,6 +64,7 @@ class Engine:
         plan: The memory plan that the engine keeps to.
         scheduler: Serves many requests at once.
         runner: The model and its cache.
+        prefixes: The prefix cache.
         prepared: True if the weights come from a prepared copy.
         threads: Compute threads.
     """
@@ -84,7 +86,9 @@ class Engine:
         self.plan = plan
         self.threads = threads
         self.prepared = prepared
-        cache = KVCache(CacheSpec.from_model(manifest.model), slots=plan.slots, capacity=plan.max_context_tokens)
+        spec = CacheSpec.from_model(manifest.model)
+        cache = KVCache(spec, slots=plan.slots, capacity=plan.max_context_tokens)
+        self.prefixes = PrefixCache(spec, max_bytes=plan.prefix_cache_bytes)
         self.runner = ModelRunner(session, cache)
         self.scheduler = Scheduler(
             self.runner,
@@ -93,6 +97,7 @@ class Engine:
             plan=plan,
             vocab_size=min(manifest.model.vocab_size, tokenizer.vocab_size),
             max_queued_requests=options.max_queued_requests,
+            prefixes=self.prefixes if plan.prefix_cache_bytes else None,
         )
         self._numbers = itertools.count(1)
         self._inboxes: dict[str, deque[Event]] = {}

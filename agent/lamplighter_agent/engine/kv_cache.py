@@ -1,24 +1,27 @@
 """The KV cache: one buffer a layer for keys and one for values, shared by the model's past and present.
 
-Layout [slots, num_key_value_heads, capacity, head_dim]. The address space is reserved once for the capacity of the
-memory plan; the kernel commits pages as tokens are written, so resident memory grows in steps of a page (16 tokens at
-head_dim 64) without copies, and ``release`` gives pages back. The buffers never move, so the model's bindings to them
-stay valid for the life of the engine.
+Layout [slots, num_key_value_heads, capacity, head_dim]. Beside the buffers the cache keeps the ids of the tokens of
+each slot, so that whoever looks for a prefix need not know how they came there.
+
+The address space is reserved once for the capacity of the memory plan; the kernel commits pages as tokens are written,
+so resident memory grows in steps of a page (16 tokens at head_dim 64) without copies, and ``release`` gives pages back.
+The buffers never move, so the model's bindings to them stay valid for the life of the engine.
 """
 
 from __future__ import annotations
 
 import mmap
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamplighter_agent.errors import MemoryBudgetError
-from lamplighter_agent.package.manifest import ModelFacts
+from lamplighter_agent.package.manifest import CacheDtype, ModelFacts
 
-CacheArray = NDArray[np.float32]
+CacheArray = NDArray[np.float32 | np.int8]
 
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
@@ -31,21 +34,28 @@ class CacheSpec:
         layers: Number of decoder layers.
         heads: ``num_key_value_heads``.
         head_dim: Features of a head.
+        dtype: Type of an element.
     """
 
     layers: int
     heads: int
     head_dim: int
+    dtype: CacheDtype = "float32"
 
     @classmethod
-    def from_model(cls, model: ModelFacts) -> CacheSpec:
+    def from_model(cls, model: ModelFacts, dtype: CacheDtype = "float32") -> CacheSpec:
         """Return the spec of a manifest's model."""
-        return cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim)
+        return cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, dtype)
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.float32 | np.int8]:
+        """The type of the buffers."""
+        return np.dtype(self.dtype)
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token of one slot in float32, all layers."""
-        return 2 * self.layers * self.heads * self.head_dim * 4
+        """Bytes of one token of one slot, all layers."""
+        return 2 * self.layers * self.heads * self.head_dim * self.numpy_dtype.itemsize
 
 
 class KVCache:
@@ -57,7 +67,7 @@ class KVCache:
         capacity: Tokens that a slot may hold.
 
     Attributes:
-        buffers: float32 arrays [slots, heads, capacity, head_dim]: key and value of layer 0, of 1, …
+        buffers: Arrays [slots, heads, capacity, head_dim]: key and value of layer 0, of 1, …
 
     Raises:
         MemoryBudgetError: If the system refuses the address space.
@@ -67,9 +77,9 @@ class KVCache:
         self.spec = spec
         self.slots = slots
         self.capacity = capacity
-        self._offsets = [0] * slots
+        self._tokens: list[list[int]] = [[] for _ in range(slots)]
         shape = (slots, spec.heads, capacity, spec.head_dim)
-        length = slots * spec.heads * capacity * spec.head_dim * 4
+        length = slots * spec.heads * capacity * spec.head_dim * spec.numpy_dtype.itemsize
         try:
             self._maps = [mmap.mmap(-1, length, flags=_PRIVATE) for _ in range(2 * spec.layers)]
         except (OSError, ValueError) as error:
@@ -82,53 +92,72 @@ class KVCache:
                 # Huge pages would commit 2 MiB for the first token of every head.
                 region.madvise(mmap.MADV_NOHUGEPAGE)
         self.buffers: tuple[CacheArray, ...] = tuple(
-            np.frombuffer(region, dtype=np.float32).reshape(shape) for region in self._maps
+            np.frombuffer(region, dtype=spec.numpy_dtype).reshape(shape) for region in self._maps
         )
 
     def offset(self, slot: int) -> int:
         """Return the number of valid tokens of a slot."""
-        return self._offsets[slot]
+        return len(self._tokens[slot])
+
+    def tokens(self, slot: int) -> tuple[int, ...]:
+        """Return the ids of a slot's valid tokens."""
+        return tuple(self._tokens[slot])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the valid tokens of all slots."""
-        return sum(self._offsets) * self.spec.bytes_per_token
+        return sum(map(len, self._tokens)) * self.spec.bytes_per_token
 
-    def advance(self, slot: int, tokens: int) -> None:
-        """Record that the model wrote ``tokens`` tokens behind the offset.
+    def advance(self, slot: int, tokens: Iterable[int]) -> None:
+        """Record that the model wrote these tokens behind the offset.
 
         Raises:
             ValueError: If the slot would hold more than ``capacity`` tokens.
         """
-        if self._offsets[slot] + tokens > self.capacity:
-            raise ValueError(f"slot {slot}: {self._offsets[slot]} + {tokens} tokens exceed capacity {self.capacity}")
-        self._offsets[slot] += tokens
+        added = list(tokens)
+        held = self._tokens[slot]
+        if len(held) + len(added) > self.capacity:
+            raise ValueError(f"slot {slot}: {len(held)} + {len(added)} tokens exceed capacity {self.capacity}")
+        held += added
 
     def trim(self, slot: int, tokens: int) -> int:
         """Forget the last ``tokens`` tokens of a slot; return how many there were to forget."""
-        trimmed = min(tokens, self._offsets[slot])
-        self._offsets[slot] -= trimmed
+        held = self._tokens[slot]
+        trimmed = min(tokens, len(held))
+        del held[len(held) - trimmed :]
         return trimmed
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Make ``target`` hold the first ``tokens`` tokens of ``source`` and nothing else.
+
+        Raises:
+            ValueError: If ``source`` holds fewer.
+        """
+        if tokens > self.offset(source):
+            raise ValueError(f"slot {source} holds {self.offset(source)} tokens, not {tokens}")
+        for buffer in self.buffers:
+            buffer[target, :, :tokens] = buffer[source, :, :tokens]
+        self._tokens[target] = self._tokens[source][:tokens]
 
     def swap(self, first: int, second: int) -> None:
         """Exchange two slots' contents, so that the slots in use can stay side by side."""
         if first == second:
             return
-        if self._offsets[first] < self._offsets[second]:
+        if self.offset(first) < self.offset(second):
             first, second = second, first
-        long, short = self._offsets[first], self._offsets[second]
+        long, short = self.offset(first), self.offset(second)
         for buffer in self.buffers:
             kept = buffer[second, :, :short].copy()
             buffer[second, :, :long] = buffer[first, :, :long]
             buffer[first, :, :short] = kept
-        self._offsets[first], self._offsets[second] = self._offsets[second], self._offsets[first]
+        self._tokens[first], self._tokens[second] = self._tokens[second], self._tokens[first]
 
     def release(self, slot: int) -> None:
         """Empty a slot and give its memory back to the system."""
-        self._offsets[slot] = 0
+        self._tokens[slot] = []
         if sys.platform != "linux":
             return
-        length = self.spec.heads * self.capacity * self.spec.head_dim * 4
+        length = self.spec.heads * self.capacity * self.spec.head_dim * self.spec.numpy_dtype.itemsize
         # Only whole pages inside the slot: a page shared with a neighbour stays.
         start = -(-slot * length // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (slot + 1) * length // mmap.PAGESIZE * mmap.PAGESIZE

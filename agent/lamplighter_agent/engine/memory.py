@@ -30,6 +30,10 @@ LOGITS_ROWS: Final = 2
 MIN_USEFUL_CONTEXT_TOKENS: Final = 256
 DEFAULT_MAX_CONTEXT_TOKENS: Final = 4096
 DEFAULT_SLOTS: Final = 4
+DEFAULT_PREFIX_CACHE_BYTES: Final = 256 * MIB
+
+_PREFIX_CACHE_SHARE: Final = 4
+"""The prefix cache takes this part of what is left for it and the KV cache, if nothing is configured."""
 
 _HEADROOM_SHARE: Final = 16
 _MIN_HEADROOM_BYTES: Final = 8 * MIB
@@ -59,6 +63,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         weights_bytes: The model as loaded.
         scratch_bytes: What a prefill chunk and a decode step of all slots need for a moment.
         headroom_bytes: Kept free.
+        prefix_cache_bytes: Most that the prefix cache may hold.
         kv_bytes_per_token: One token of one slot, all layers.
         kv_tokens: Tokens that all slots may hold together.
         max_context_tokens: Tokens that one slot may hold.
@@ -76,6 +81,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     max_context_tokens: int
     slots: int
     prefill_chunk_tokens: int
+    prefix_cache_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -85,7 +91,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total_bytes(self) -> int:
         """Most that the engine will hold, headroom not counted."""
-        return self.runtime_bytes + self.weights_bytes + self.scratch_bytes + self.kv_bytes
+        return self.runtime_bytes + self.weights_bytes + self.scratch_bytes + self.kv_bytes + self.prefix_cache_bytes
 
 
 def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptions) -> MemoryPlan:
@@ -111,10 +117,11 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
     scratch = _scratch_bytes(manifest, chunk, slots)
     runtime = RUNTIME_BYTES + TOKENIZER_ENTRY_BYTES * manifest.model.vocab_size
     fixed = runtime + manifest.memory.weights_bytes + scratch + headroom
-    affordable = (budget - fixed) // per_token
+    prefixes = _prefix_cache_bytes(options, budget - fixed, smallest * per_token)
+    affordable = (budget - fixed - prefixes) // per_token
     if affordable < smallest:
         raise _does_not_fit(
-            manifest, machine, budget=budget, parts=(runtime, scratch, headroom), needed=smallest * per_token
+            manifest, machine, budget=budget, parts=(runtime, scratch, headroom), needed=smallest * per_token + prefixes
         )
     context = min(wanted, affordable)
     if options.slots is None:
@@ -130,6 +137,7 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
         max_context_tokens=context,
         slots=slots,
         prefill_chunk_tokens=chunk,
+        prefix_cache_bytes=prefixes,
     )
 
 
@@ -161,6 +169,13 @@ def physical_cores() -> int:
 def _kv_bytes_per_token(manifest: Manifest) -> int:
     model = manifest.model
     return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 4
+
+
+def _prefix_cache_bytes(options: EngineOptions, free: int, kv_bytes: int) -> int:
+    """Return the configured bound, or a share of the ``free`` bytes that leaves the smallest KV cache whole."""
+    if options.prefix_cache_bytes is not None:
+        return options.prefix_cache_bytes
+    return max(min(free // _PREFIX_CACHE_SHARE, free - kv_bytes, DEFAULT_PREFIX_CACHE_BYTES), 0)
 
 
 def _scratch_bytes(manifest: Manifest, chunk: int, slots: int) -> int:

@@ -23,6 +23,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         threads: Compute threads; None: one a physical core that this process may use.
         prefill_chunk_tokens: Prompt tokens computed at once; bounds how long other requests wait for a token.
         max_queued_requests: Requests waiting for a slot; more are refused as busy.
+        prefix_cache_bytes: Most bytes of the prefix cache; 0 switches it off; None: a share of what is free.
     """
 
     memory_budget_bytes: int | None = None
@@ -31,6 +32,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     prefill_chunk_tokens: int = 128
     max_queued_requests: int = MAX_QUEUED_REQUESTS
+    prefix_cache_bytes: int | None = None
 
     def validate(self) -> None:
         """Check every option's range.
@@ -44,6 +46,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check("threads", self.threads, 1, 256)
         _check("prefill_chunk_tokens", self.prefill_chunk_tokens, 1, 8192)
         _check("max_queued_requests", self.max_queued_requests, 1, 65536)
+        _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 2**53)
 
 
 def _check(option: str, value: int | None, low: int, high: int) -> None:

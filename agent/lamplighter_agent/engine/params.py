@@ -36,6 +36,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         ignore_eos: Do not stop at the package's end-of-text tokens.
         seed: Same seed, same options, same package, same machine: same text. None draws one.
         logprobs: Report the log-probability of each token and of this many alternatives, 0 to 20; None reports none.
+        cache_prompt: Use the prefix cache: take over what is computed of the prompt, and keep the tokens for later.
+            Without it the text does not depend, by the last bits of a float, on what was asked before.
         deadline_s: ``time.monotonic()`` value after which the request ends with ``deadline``; None: no bound.
     """
 
@@ -54,6 +56,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    cache_prompt: bool = True
     deadline_s: float | None = None
 
     def validate(self) -> None:

@@ -66,7 +66,7 @@ class ModelRunner:
         )
         binding.set_logits(logits, start=start)
         binding.run()
-        self.cache.advance(slot, count)
+        self.cache.advance(slot, tokens)
         row: FloatArray = logits[0, -1]
         return row
 
@@ -92,8 +92,8 @@ class ModelRunner:
         for slot in range(batch):
             self._mask_slot(slot, self.cache.offset(slot) + 1)
         binding.run()
-        for slot in range(batch):
-            self.cache.advance(slot, 1)
+        for slot, token_id in enumerate(tokens):
+            self.cache.advance(slot, (token_id,))
         rows: FloatArray = self._decode_logits[:batch, 0]
         return rows
 

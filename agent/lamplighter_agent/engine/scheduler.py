@@ -25,6 +25,7 @@ from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
 from lamplighter_agent.engine.sampling import Logits, Sampler
 from lamplighter_agent.engine.sequence import Sequence
 from lamplighter_agent.errors import ContextOverflowError, EngineError, RequestError
@@ -58,6 +59,7 @@ class Scheduler:
         plan: Slots, context and cache tokens to keep to.
         vocab_size: Tokens that may occur.
         max_queued_requests: Requests that may wait for a slot.
+        prefixes: Where the tokens of ended requests are kept for later ones; None: nowhere.
         clock: Monotonic seconds; deadlines are on this clock.
     """
 
@@ -70,6 +72,7 @@ class Scheduler:
         plan: MemoryPlan,
         vocab_size: int,
         max_queued_requests: int,
+        prefixes: PrefixCache | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -78,6 +81,7 @@ class Scheduler:
         self._plan = plan
         self._vocab_size = vocab_size
         self._max_queued = max_queued_requests
+        self._prefixes = prefixes
         self._clock = clock
         self._waiting: deque[Sequence] = deque()
         self._slots: list[Sequence] = []
@@ -196,6 +200,23 @@ class Scheduler:
             sequence.reserved = wanted
             sequence.start(now)
             self._slots.append(sequence)
+            self._reuse_prefix(sequence, len(self._slots) - 1)
+
+    def _reuse_prefix(self, sequence: Sequence, slot: int) -> None:
+        """Copy the longest beginning of the prompt that a slot or the prefix cache holds.
+
+        The last token is left: its logits are needed.
+        """
+        if self._prefixes is None or not sequence.cache_prompt:
+            return
+        cache, wanted = self._runner.cache, sequence.prompt[:-1]
+        shared = [(common_prefix(cache.tokens(other), wanted), other) for other in range(slot)]
+        length, other = max(shared, default=(0, slot))
+        if length > self._prefixes.match(wanted):
+            cache.copy(other, slot, length)
+            sequence.reuse(length)
+        else:
+            sequence.reuse(self._prefixes.restore(cache, slot, wanted))
 
     def _prefill_chunk(self, events: list[Event]) -> None:
         candidates = self._slots[self._decoding :]
@@ -267,15 +288,21 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, error: EngineError, events: list[Event]) -> None:
         events.append(Failed(sequence.request_id, error.reason, error.message))
-        self._remove(sequence)
+        self._remove(sequence, keep=False)
 
-    def _remove(self, sequence: Sequence) -> None:
-        """Take a request out of the queue or its slot, keep the slots dense and give the cache's memory back."""
+    def _remove(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Take a request out of the queue or its slot, keep the slots dense and give the cache's memory back.
+
+        Its tokens go to the prefix cache unless a failure makes them doubtful.
+        """
         if sequence not in self._slots:
             self._waiting.remove(sequence)
             return
         slot = self._slots.index(sequence)
-        self._runner.cache.trim(slot, self._runner.cache.capacity)
+        cache = self._runner.cache
+        if keep and self._prefixes is not None and sequence.cache_prompt:
+            self._prefixes.store(cache, slot, cache.offset(slot))
+        cache.trim(slot, cache.capacity)
         if slot < self._decoding:
             self._decoding -= 1
             self._exchange(slot, self._decoding)
@@ -283,7 +310,7 @@ class Scheduler:
         last = len(self._slots) - 1
         self._exchange(slot, last)
         self._slots.pop()
-        self._runner.cache.release(last)
+        cache.release(last)
         self._reserved -= sequence.reserved
 
     def _exchange(self, first: int, second: int) -> None:

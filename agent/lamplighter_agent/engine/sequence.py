@@ -21,7 +21,8 @@ class Sequence:
         submitted_s: Monotonic time of its submission.
 
     Attributes:
-        prefilled: Prompt tokens computed so far.
+        prefilled: Prompt tokens in the cache so far.
+        cached: Those of them that were there before and not computed.
         generated: Tokens drawn so far.
         reserved: Cache tokens set aside for it.
         started_s: Monotonic time at which it got a slot.
@@ -42,8 +43,10 @@ class Sequence:
         self.prompt = prompt
         self.limit = limit
         self.deadline_s = params.deadline_s
+        self.cache_prompt = params.cache_prompt
         self.open_ended = params.max_tokens is None
         self.prefilled = 0
+        self.cached = 0
         self.generated = 0
         self.reserved = 0
         self.last_token = -1
@@ -62,6 +65,10 @@ class Sequence:
         """Note that the request got a slot."""
         self.started_s = now
         self._started = True
+
+    def reuse(self, tokens: int) -> None:
+        """Note that the first ``tokens`` tokens of the prompt are in the cache already."""
+        self.prefilled = self.cached = tokens
 
     def remaining_prompt(self, most: int) -> list[int]:
         """Return the next prompt tokens to compute, at most ``most``."""
@@ -112,7 +119,7 @@ class Sequence:
         return Finished(self.request_id, reason, tail, self._usage(), self._timings(now))
 
     def _usage(self) -> Usage:
-        return Usage(prompt_tokens=len(self.prompt), cached_tokens=0, generated_tokens=self.generated)
+        return Usage(prompt_tokens=len(self.prompt), cached_tokens=self.cached, generated_tokens=self.generated)
 
     def _timings(self, now: float) -> Timings:
         started = self.started_s if self._started else now
@@ -124,6 +131,6 @@ class Sequence:
             prefill_s=prefill_s,
             first_token_s=first - self._submitted_s,
             decode_s=decode_s,
-            prompt_tokens_per_s=self.prefilled / prefill_s if prefill_s > 0 else 0.0,
+            prompt_tokens_per_s=(self.prefilled - self.cached) / prefill_s if prefill_s > 0 else 0.0,
             generated_tokens_per_s=(self.generated - 1) / decode_s if decode_s > 0 else 0.0,
         )

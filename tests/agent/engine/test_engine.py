@@ -272,3 +272,17 @@ def test_what_the_main_process_shares_needs_no_runtime(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("shared", [1, 17, 99, 100], ids=str)
+def test_a_cached_prefix_gives_what_a_cold_start_gives(
+    engine: Engine, tiny_package: Path, params: GenerationParams, shared: int
+) -> None:
+    prompt = [*LONG[:shared], 200, 201, 202]
+    engine.prefixes.clear()
+    run(engine, LONG, params)
+    warm, _, end = run(engine, prompt, params)
+    cold, _, _ = run(engine, prompt, msgspec.structs.replace(params, cache_prompt=False))
+    assert end.usage.cached_tokens >= shared
+    assert warm == cold

@@ -14,7 +14,7 @@ def filled(slots: int = 3, capacity: int = 10) -> KVCache:
     for slot in range(slots):
         for buffer in cache.buffers:
             buffer[slot, :, : slot + 2] = (100 * slot + np.arange(slot + 2)).reshape(1, -1, 1)
-        cache.advance(slot, slot + 2)
+        cache.advance(slot, range(slot + 2))
     return cache
 
 
@@ -41,9 +41,9 @@ def test_offset_and_bytes_follow_the_tokens() -> None:
 
 def test_a_slot_cannot_hold_more_than_its_capacity() -> None:
     cache = filled(capacity=6)
-    cache.advance(0, 4)
+    cache.advance(0, range(4))
     with pytest.raises(ValueError, match=r"slot 0: 6 \+ 1 tokens exceed capacity 6"):
-        cache.advance(0, 1)
+        cache.advance(0, (1,))
     assert cache.offset(0) == 6
 
 
@@ -78,7 +78,7 @@ def test_release_gives_memory_back_and_leaves_the_neighbours() -> None:
     for buffer in cache.buffers:
         buffer[:] = 1.0
     for slot in range(3):
-        cache.advance(slot, 2048)
+        cache.advance(slot, range(2048))
     held = _resident_bytes()
     cache.release(1)
     assert held - _resident_bytes() > 2 * 1024 * 1024

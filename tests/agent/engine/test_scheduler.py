@@ -31,6 +31,7 @@ class World:
             plan=plan,
             vocab_size=VOCAB_SIZE,
             max_queued_requests=max_queued,
+            prefixes=self.runner.prefixes,
             clock=lambda: self.now,
         )
         self.events: list[Event] = []
@@ -102,11 +103,12 @@ def test_a_prompt_in_chunks_gives_the_same_tokens() -> None:
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_any_schedule_gives_each_request_what_it_gets_alone(data: st.DataObject) -> None:
-    world = World(memory_plan(slots=3, context=48, kv_tokens=100, chunk=4))
+    prefixes = data.draw(st.sampled_from([0, 1000, 100_000]), "prefix cache bytes")
+    world = World(memory_plan(slots=3, context=48, kv_tokens=100, chunk=4, prefixes=prefixes))
     wanted: dict[str, tuple[list[int], GenerationParams]] = {}
     cancelled: set[str] = set()
     for number in range(data.draw(st.integers(1, 8), "requests")):
-        prompt = data.draw(st.lists(st.integers(1, 255), min_size=1, max_size=20), "prompt")
+        prompt = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=20), "prompt")
         params = GenerationParams(
             max_tokens=data.draw(st.integers(1, 12), "max_tokens"),
             temperature=data.draw(st.sampled_from([0.0, 1.0]), "temperature"),
@@ -130,6 +132,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(data: st.DataObject)
         else:
             assert (world.tokens(request_id), got.finish_reason) == (expected, reason)
     assert world.runner.cache.nbytes == 0
+    assert world.runner.prefixes.nbytes <= prefixes
 
 
 def test_requests_decode_together() -> None:
@@ -320,6 +323,60 @@ def test_an_open_request_ends_when_the_plan_has_no_room_left() -> None:
     assert world.finished("fixed").usage.generated_tokens == 350
 
 
+def test_a_prompt_that_was_seen_is_not_computed_again() -> None:
+    world = World()
+    prompt = list(range(1, 31))
+    for params in (GREEDY, SEEDED):
+        world.submit("again", prompt, params)
+        world.drain()
+        assert (world.tokens("again"), "length") == alone(prompt, params)
+        assert world.finished("again").usage.cached_tokens == (0 if params is GREEDY else 29)
+        world.events.clear()
+    assert world.runner.prefills == [8, 8, 8, 6, 1]
+
+
+def test_the_next_turn_of_a_conversation_takes_the_answer_over_too() -> None:
+    world = World()
+    world.submit("first", [1, 2, 3])
+    world.drain()
+    turn = [1, 2, 3, *world.tokens("first"), 9, 9]
+    world.submit("second", turn)
+    world.drain()
+    # The last token of an answer was never fed to the model.
+    assert world.finished("second").usage.cached_tokens == 3 + 5
+    assert (world.tokens("second"), "length") == alone(turn, GREEDY)
+
+
+def test_a_prefix_is_taken_from_a_request_that_is_still_running() -> None:
+    world = World()
+    prompt = list(range(1, 21))
+    world.submit("running", prompt, GenerationParams(max_tokens=40, temperature=0.0))
+    for _ in range(5):
+        world.step()
+    world.submit("same", [*prompt[:16], 99])
+    world.drain()
+    assert world.finished("same").usage.cached_tokens == 16
+    assert (world.tokens("same"), "length") == alone([*prompt[:16], 99], GREEDY)
+
+
+def test_a_request_may_leave_the_prefix_cache_alone() -> None:
+    world = World()
+    apart = msgspec.structs.replace(GREEDY, cache_prompt=False)
+    for request_id, params in (("a", apart), ("b", GREEDY), ("c", apart)):
+        world.submit(request_id, [1, 2, 3, 4], params)
+        world.drain()
+        assert world.finished(request_id).usage.cached_tokens == 0
+
+
+def test_a_failure_leaves_nothing_in_the_prefix_cache() -> None:
+    world = World()
+    world.submit("a", [1, 2, 3])
+    world.step()
+    world.runner.fail_decode = True
+    world.step()
+    assert world.runner.prefixes.nbytes == 0
+
+
 def test_a_full_queue_refuses_with_a_hint_when_to_retry() -> None:
     world = World(max_queued=2)
     for number in range(2):
@@ -382,7 +439,7 @@ def test_a_failing_decode_step_fails_the_requests_in_it() -> None:
 
 def test_timings_tell_queue_prefill_and_decode_apart() -> None:
     world = World(memory_plan(slots=1, chunk=4))
-    world.submit("first", [1], GenerationParams(max_tokens=1, temperature=0.0))
+    world.submit("first", [9], GenerationParams(max_tokens=1, temperature=0.0))
     world.submit("a", [1] * 8, GenerationParams(max_tokens=3, temperature=0.0))
     while not world.scheduler.idle:
         world.step()
