@@ -22,6 +22,16 @@ class Decoder(Protocol):
         """Return the text of the tokens, special tokens left out."""
 
 
+class TextCodec(Decoder, Protocol):
+    """A tokenizer's both ways, for options that are texts."""
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Return the tokens of a text; ``special`` reads special tokens in it as such."""
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token, special tokens included."""
+
+
 class StreamingDetokenizer:
     """Turns tokens into text piece by piece; the pieces together are ``decoder.decode`` of all tokens.
 

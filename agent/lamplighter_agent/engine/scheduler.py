@@ -20,14 +20,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from lamplighter_agent.engine.detokenizer import Decoder
+from lamplighter_agent.engine.detokenizer import TextCodec
 from lamplighter_agent.engine.events import Event, Failed, FinishReason
+from lamplighter_agent.engine.history import History
 from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
-from lamplighter_agent.engine.sampling import Logits, Sampler
+from lamplighter_agent.engine.sampling import Sampler
 from lamplighter_agent.engine.sequence import Sequence
+from lamplighter_agent.engine.truncation import Logits
+from lamplighter_agent.engine.words import resolve_words
 from lamplighter_agent.errors import ContextOverflowError, EngineError, RequestError
 from lamplighter_agent.package.manifest import GenerationDefaults
 
@@ -54,7 +57,7 @@ class Scheduler:
 
     Args:
         runner: Computes prefill chunks and decode steps.
-        decoder: Turns tokens into text.
+        codec: Turns tokens into text and back.
         defaults: The package's stop tokens and sampling defaults.
         plan: Slots, context and cache tokens to keep to.
         vocab_size: Tokens that may occur.
@@ -66,7 +69,7 @@ class Scheduler:
     def __init__(
         self,
         runner: Runner,
-        decoder: Decoder,
+        codec: TextCodec,
         *,
         defaults: GenerationDefaults,
         plan: MemoryPlan,
@@ -76,7 +79,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
-        self._decoder = decoder
+        self._codec = codec
         self._defaults = defaults
         self._plan = plan
         self._vocab_size = vocab_size
@@ -114,6 +117,7 @@ class Scheduler:
         """
         params.validate()
         params.check_vocabulary(self._vocab_size)
+        _check_supported(params)
         self._check_prompt(prompt_tokens)
         if self._find(request_id) is not None:
             raise RequestError(f"request {request_id!r} is already being served", code=409, param="id")
@@ -123,14 +127,15 @@ class Scheduler:
             )
         room = self._plan.max_context_tokens - len(prompt_tokens)
         params = params.with_defaults(self._defaults)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self._waiting.append(
             Sequence(
                 request_id,
                 list(prompt_tokens),
                 params,
-                sampler=self._sampler(prompt_tokens, params),
-                limit=room if params.max_tokens is None else min(params.max_tokens, room),
-                decoder=self._decoder,
+                sampler=self._sampler(prompt_tokens, params, limit),
+                limit=limit,
+                decoder=self._codec,
                 submitted_s=self._clock(),
             )
         )
@@ -155,14 +160,15 @@ class Scheduler:
             self._decode_step(events)
         return events
 
-    def _sampler(self, prompt_tokens: list[int], params: GenerationParams) -> Sampler:
+    def _sampler(self, prompt_tokens: list[int], params: GenerationParams, limit: int) -> Sampler:
         eos = () if params.ignore_eos else self._defaults.eos_token_ids
         return Sampler(
             params,
-            prompt_tokens,
+            History(prompt_tokens),
             stop_ids=frozenset((*eos, *params.stop_token_ids)),
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             vocab_size=self._vocab_size,
+            words=resolve_words(params, self._codec, limit=limit),
         )
 
     def _check_prompt(self, tokens: list[int]) -> None:
@@ -317,3 +323,10 @@ class Scheduler:
         if first != second:
             self._runner.cache.swap(first, second)
             self._slots[first], self._slots[second] = self._slots[second], self._slots[first]
+
+
+def _check_supported(params: GenerationParams) -> None:
+    given = {"n": params.n > 1, "num_beams": params.num_beams > 1, "echo": params.echo, "guided": params.guided}
+    for name, wanted in given.items():
+        if wanted:
+            raise RequestError(f"{name} is not supported yet", param=name)

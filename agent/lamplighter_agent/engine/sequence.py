@@ -5,7 +5,8 @@ from __future__ import annotations
 from lamplighter_agent.engine.detokenizer import Decoder, StopStrings, StreamingDetokenizer
 from lamplighter_agent.engine.events import Finished, FinishReason, TextDelta, Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.engine.sampling import Logits, Sampler
+from lamplighter_agent.engine.sampling import Sampler
+from lamplighter_agent.engine.truncation import Logits
 
 
 class Sequence:

@@ -31,6 +31,9 @@ _FINISH: Final[dict[FinishReason, str]] = {
     "error": "stop",
 }
 
+# What a request may name as the engine does; its deadline is a duration here and a time there.
+_ENGINE_OPTIONS: Final = frozenset(GenerationParams.__struct_fields__) - {"deadline_s", "logprobs", "echo"}
+
 JsonObject = dict[str, object]
 _T = TypeVar("_T")
 
@@ -79,11 +82,22 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     user: str | None = None
     metadata: JsonObject | None = None
     store: bool | None = None
-    # Extensions: the engine's own options.
+    # Extensions: the engine's own options, by their names in GenerationParams.
     top_k: int | None = None
     min_p: float | None = None
+    typical_p: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
     min_tokens: int | None = None
     repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_sequence_breakers: tuple[str, ...] | None = None
+    banned_words: tuple[str, ...] | None = None
+    forced_prefix: str | None = None
+    forced_words: tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
     deadline_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
@@ -106,23 +120,11 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """
         if self.n not in {None, 1}:
             raise RequestError(f"n is {self.n}, but this box gives one answer a request", param="n")
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        params = GenerationParams(
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens or 0,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias=_logit_bias(self.logit_bias),
-            stop=stop,
-            stop_token_ids=self.stop_token_ids or (),
-            ignore_eos=bool(self.ignore_eos),
-            seed=self.seed,
-        )
+        given = msgspec.structs.asdict(self)
+        given |= {"max_tokens": max_tokens, "logit_bias": _logit_bias(self.logit_bias)}
+        given["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
+        options = {name: given[name] for name in _ENGINE_OPTIONS if given.get(name) is not None}
+        params = GenerationParams(**options)
         params.validate()
         return params
 

@@ -37,6 +37,20 @@ from lamplighter_agent.package.manifest import GenerationDefaults
         ("seed", -1),
         ("seed", 2**63),
         ("logprobs", 21),
+        ("typical_p", 0.0),
+        ("xtc_probability", 1.1),
+        ("xtc_threshold", 0.51),
+        ("no_repeat_ngram_size", 65),
+        ("dry_multiplier", -1.0),
+        ("dry_base", 0.9),
+        ("dry_allowed_length", 0),
+        ("dry_sequence_breakers", ("",)),
+        ("banned_words", ("x" * 257,)),
+        ("forced_words", ("x",) * 257),
+        ("forced_prefix", "x" * 16_385),
+        ("n", 0),
+        ("num_beams", 65),
+        ("length_penalty", 11.0),
         ("deadline_s", math.inf),
     ],
 )
@@ -51,6 +65,31 @@ def test_min_tokens_beyond_max_tokens_are_contradictory() -> None:
     with pytest.raises(RequestError, match="min_tokens 5 is larger than max_tokens 4") as caught:
         GenerationParams(min_tokens=5, max_tokens=4).validate()
     assert caught.value.param == "min_tokens"
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "message"),
+    [
+        ({"temperature": 0.0, "xtc_probability": 0.5}, "xtc_probability", "temperature 0 takes the top choice"),
+        ({"forced_words": ("a",), "stop": ("b",)}, "forced_words", "give only one of them"),
+        ({"forced_words": ("abc",), "banned_words": ("b",)}, "forced_words", "banned_words has 'b'"),
+        ({"guided_regex": "a", "guided_json": {}}, "guided_regex", "exclude each other"),
+        ({"guided_regex": "a", "forced_words": ("a",)}, "forced_words", "the grammar decides"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "ends with the grammar"),
+        ({"guided_grammar": "a" * 32_769}, "guided_grammar", "32769 characters, but may have 32768"),
+        ({"num_beams": 2, "n": 3}, "n", "must be 1 to num_beams, 2"),
+        ({"num_beams": 2, "temperature": 0.5}, "temperature", "beams are not sampled"),
+        ({"num_beams": 2, "top_p": 0.5}, "top_p", "beams are not sampled"),
+        ({"length_penalty": 1.0}, "length_penalty", "set num_beams to 2 or more"),
+        ({"early_stopping": True}, "early_stopping", "set num_beams to 2 or more"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_name(
+    options: dict[str, object], param: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        msgspec.structs.replace(GenerationParams(), **options).validate()
+    assert caught.value.param == param
 
 
 def test_limits_themselves_are_accepted() -> None:

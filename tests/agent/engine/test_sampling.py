@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from lamplighter_agent.engine.history import History
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.engine.sampling import (
-    Sampler,
+from lamplighter_agent.engine.sampling import Sampler
+from lamplighter_agent.engine.truncation import (
     cut_min_p,
     cut_top_p,
     draw,
@@ -35,7 +36,7 @@ def sampler(
     vocab_size: int, params: GenerationParams, *, prompt: tuple[int, ...] = (), stop: tuple[int, ...] = ()
 ) -> Sampler:
     seed = 1 if params.seed is None else params.seed
-    return Sampler(params, list(prompt), stop_ids=frozenset(stop), seed=seed, vocab_size=vocab_size)
+    return Sampler(params, History(prompt), stop_ids=frozenset(stop), seed=seed, vocab_size=vocab_size)
 
 
 def tokens_of(one: Sampler, logits: NDArray[np.float32], count: int) -> list[int]:
