@@ -10,7 +10,6 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Final
 
-import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -21,7 +20,6 @@ from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
     GenerationDefaults,
     Manifest,
-    Precision,
     Provenance,
     SelfTest,
     Target,
@@ -34,7 +32,7 @@ from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
 from lamplighter_builder.licence import spdx_licence
 from lamplighter_builder.memory import memory_needs
 from lamplighter_builder.package_writer import PackageWriter
-from lamplighter_builder.precision import PRECISIONS, PrecisionName, PrecisionPlan
+from lamplighter_builder.precision import PRECISIONS, PrecisionName, describe_precision
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.registry import find_architecture
@@ -87,9 +85,8 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         raise ConfigError(
             f"{checkpoint.path}: the checkpoint states no licence", hint="give one: --licence SPDX-EXPRESSION"
         )
-    plan = PRECISIONS[options.precision]()
     architecture = find_architecture(checkpoint.config.text("model_type"))
-    model = architecture.model(architecture.read_config(checkpoint.config), plan.parts)
+    model = architecture.model(architecture.read_config(checkpoint.config), PRECISIONS[options.precision]())
     graph = Graph(model.config.model_type)
     model.build(graph)
     check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
@@ -118,7 +115,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             version=options.version,
             licence=licence,
             model=facts,
-            precision=describe_precision(plan, graph),
+            precision=describe_precision(options.precision, graph),
             target=Target(operator_domains={domain or "ai.onnx": number for domain, number in graph.domains().items()}),
             files=writer.entries(),
             memory=memory_needs(model.config, graph),
@@ -266,17 +263,6 @@ def make_self_tests(
         )
         progress.advance(1)
     return tuple(tests)
-
-
-def describe_precision(plan: PrecisionPlan, graph: Graph) -> Precision:
-    """Return the precision of each group of weights with its bytes."""
-    sizes: dict[str, int] = {}
-    for weight in graph.weights:
-        sizes[weight.group] = sizes.get(weight.group, 0) + sum(spec.nbytes for spec in weight.outputs)
-    groups = tuple(
-        msgspec.structs.replace(group, length_bytes=sizes[name]) for name, group in plan.groups.items() if name in sizes
-    )
-    return Precision(name=plan.name, groups=groups)
 
 
 def count_parameters(graph: Graph) -> int:

@@ -94,7 +94,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build = commands.add_parser("build", help="turn a checkpoint into a package")
     build.add_argument("-m", "--model", required=True, help="a Hugging Face directory, a GGUF file, or a hub id")
     build.add_argument("-o", "--output", required=True, type=Path, help="directory of the package, missing or empty")
-    build.add_argument("-p", "--precision", required=True, choices=("int4", "fp32"), help="precision of the weights")
+    build.add_argument("-p", "--precision", required=True, choices=("int4", "int8", "fp32"), help="of the weights")
     build.add_argument("-e", "--execution-provider", default="cpu", choices=("cpu",), help="where it will run")
     build.add_argument("-c", "--cache", type=Path, help="directory for downloads, used with a hub id")
     build.add_argument("--name", help="package name; made from the checkpoint's if not given")

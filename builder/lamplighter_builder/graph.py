@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from lamplighter_builder.quantization.blockwise import QuantizedMatrix
+from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -75,6 +75,7 @@ class Weight:
         convert: From float32 sources to the outputs' arrays.
         repack: From sources that the checkpoint holds quantized to the outputs' arrays, or None where they do not
             fit bit for bit; asked before ``convert``. None if the weight is never quantized.
+        format: Format of the codes, or None if the outputs are floats.
     """
 
     group: str
@@ -82,6 +83,7 @@ class Weight:
     outputs: tuple[TensorSpec, ...]
     convert: Callable[[Sequence[FloatArray]], Sequence[Array]]
     repack: Callable[[Sequence[QuantizedMatrix]], Sequence[Array] | None] | None = None
+    format: BlockFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)

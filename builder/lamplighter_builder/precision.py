@@ -7,57 +7,79 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-from lamplighter_agent.package.manifest import TensorGroup
+from lamplighter_agent.package.manifest import Precision, TensorGroup
 from lamplighter_builder.components.embedding import FloatEmbedding, QuantizedEmbeddingFactory
 from lamplighter_builder.components.linear import ACCURACY_LEVEL, FloatLinear, QuantizedLinear
-from lamplighter_builder.graph import FloatArray
+from lamplighter_builder.graph import Graph
 from lamplighter_builder.models.decoder import Parts
-from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
-from lamplighter_builder.quantization.rtn import quantize_rtn
+from lamplighter_builder.quantization.blockwise import BlockFormat
+from lamplighter_builder.quantization.scheme import Scheme, uniform_rtn
 
-PrecisionName = Literal["int4", "fp32"]
+PrecisionName = Literal["int4", "int8", "fp32"]
 INT4_FORMAT: Final = BlockFormat(bits=4, block_size=32, symmetric=True)
+INT8_FORMAT: Final = BlockFormat(bits=8, block_size=32, symmetric=True)
+"""Blocks of 32 as in INT4: the kernel quantizes activations in blocks of the same size, and larger ones lose more there
+than the scales cost (one bit a weight). ``Q8_0`` blocks are of this format too."""
+
+
+def quantized_parts(scheme: Scheme) -> Parts:
+    """Return parts whose matrices are quantized as the scheme says; a tied head shares the embedding's bytes."""
+    linear = QuantizedLinear(scheme)
+    return Parts(linear=linear, embedding=QuantizedEmbeddingFactory(scheme), head=linear)
+
+
+def float_parts() -> Parts:
+    """Return parts whose matrices are floats."""
+    linear = FloatLinear()
+    return Parts(linear=linear, embedding=FloatEmbedding, head=linear)
+
+
+PRECISIONS: Final[Mapping[PrecisionName, Callable[[], Parts]]] = MappingProxyType(
+    {
+        "int4": lambda: quantized_parts(uniform_rtn(INT4_FORMAT)),
+        "int8": lambda: quantized_parts(uniform_rtn(INT8_FORMAT)),
+        "fp32": float_parts,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
-class PrecisionPlan:
-    """The parts of a model and the description of each group of its weights, without their bytes."""
+class _GroupKey:
+    """Weights of one group and one format, which the manifest describes together."""
 
-    name: PrecisionName
-    parts: Parts
-    groups: Mapping[str, TensorGroup]
-
-
-def _int4() -> PrecisionPlan:
-    def quantize(_name: str, weight: FloatArray) -> QuantizedMatrix:
-        return quantize_rtn(weight, INT4_FORMAT)
-
-    linear = QuantizedLinear(INT4_FORMAT, quantize)
-    parts = Parts(linear=linear, embedding=QuantizedEmbeddingFactory(INT4_FORMAT, quantize), head=linear)
-    groups = {
-        name: TensorGroup(
-            name=name,
-            dtype="uint4",
-            bits=INT4_FORMAT.bits,
-            block_size=INT4_FORMAT.block_size,
-            symmetric=INT4_FORMAT.symmetric,
-            accuracy_level=ACCURACY_LEVEL,
-        )
-        for name in ("embedding", "head", "linear")
-    }
-    return PrecisionPlan("int4", parts, groups | {name: _float_group(name) for name in ("norm", "bias", "rope")})
+    group: str
+    format: BlockFormat | None
 
 
-def _fp32() -> PrecisionPlan:
-    linear = FloatLinear()
-    names = ("embedding", "head", "linear", "norm", "bias", "rope")
-    return PrecisionPlan("fp32", Parts(linear, FloatEmbedding, linear), {name: _float_group(name) for name in names})
+def describe_precision(name: PrecisionName, graph: Graph) -> Precision:
+    """Return each group of weights with its format and bytes.
+
+    A group whose weights have several formats is listed once a format, as ``linear`` and ``linear.8bit-32``.
+    """
+    sizes: dict[_GroupKey, int] = {}
+    for weight in graph.weights:
+        key = _GroupKey(weight.group, weight.format)
+        sizes[key] = sizes.get(key, 0) + sum(spec.nbytes for spec in weight.outputs)
+    groups: dict[str, TensorGroup] = {}
+    for key, size in sizes.items():
+        group_name = key.group
+        if group_name in groups and key.format is not None:
+            group_name = f"{key.group}.{key.format.bits}bit-{key.format.block_size}"
+        elif group_name in groups:
+            group_name = f"{key.group}.float"
+        groups[group_name] = _describe(group_name, key.format, size)
+    return Precision(name=name, groups=tuple(groups.values()))
 
 
-def _float_group(name: str) -> TensorGroup:
-    return TensorGroup(name=name, dtype="float32", bits=32)
-
-
-PRECISIONS: Final[Mapping[PrecisionName, Callable[[], PrecisionPlan]]] = MappingProxyType(
-    {"int4": _int4, "fp32": _fp32}
-)
+def _describe(name: str, block_format: BlockFormat | None, size: int) -> TensorGroup:
+    if block_format is None:
+        return TensorGroup(name=name, dtype="float32", bits=32, length_bytes=size)
+    return TensorGroup(
+        name=name,
+        dtype=f"uint{block_format.bits}",
+        bits=block_format.bits,
+        block_size=block_format.block_size,
+        symmetric=block_format.symmetric,
+        accuracy_level=ACCURACY_LEVEL,
+        length_bytes=size,
+    )

@@ -7,11 +7,12 @@ import onnxruntime
 import pytest
 
 from lamplighter_agent.errors import UnsupportedModelError
-from lamplighter_builder.components.embedding import EmbeddingSpec, QuantizedEmbedding
+from lamplighter_builder.components.embedding import EmbeddingSpec, QuantizedEmbeddingFactory
 from lamplighter_builder.components.linear import LinearSpec, QuantizedLinear, linear_source
 from lamplighter_builder.graph import FloatArray, Graph
-from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix, pack, unpack
+from lamplighter_builder.quantization.blockwise import BlockFormat, pack, unpack
 from lamplighter_builder.quantization.rtn import quantize_rtn
+from lamplighter_builder.quantization.scheme import uniform_rtn
 from lamplighter_builder.weight_file import WeightFile
 
 FORMATS = [
@@ -67,6 +68,16 @@ def test_rounding_error_is_at_most_half_a_step(block_format: BlockFormat) -> Non
     assert (error <= np.abs(found.scales[:, :, None]) * allowed + 1e-6).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_of_a_large_matrix_are_quantized_as_each_by_itself(symmetric: bool) -> None:
+    block_format = BlockFormat(bits=4, block_size=32, symmetric=symmetric)
+    weight = random_weight(700, 256)
+    found = quantize_rtn(weight, block_format).dequantize()
+    for row in (0, 255, 256, 699):
+        expected = quantize_rtn(weight[row : row + 1], block_format).dequantize()
+        assert found[row].tolist() == expected[0].tolist()
+
+
 def test_in_features_must_fill_whole_blocks() -> None:
     with pytest.raises(UnsupportedModelError, match="40 in features"):
         quantize_rtn(random_weight(2, 40), BlockFormat(bits=4, block_size=32, symmetric=True))
@@ -77,8 +88,9 @@ def test_onnxruntime_multiplies_with_the_dequantized_weight(tmp_path: Path, bloc
     weight = random_weight(24, 64)
     graph = Graph("linear")
     x = graph.input("x", np.float32, [1, "rows", 64])
-    linear = QuantizedLinear(block_format, lambda _name, values: quantize_rtn(values, block_format))
-    y = linear(graph, x, LinearSpec("layer", (linear_source("layer", 24, 64),), 64, 24))
+    y = QuantizedLinear(uniform_rtn(block_format))(
+        graph, x, LinearSpec("layer", (linear_source("layer", 24, 64),), 64, 24)
+    )
     graph.publish(y, "y", np.float32, [1, "rows", 24])
     session = save_and_load(graph, weight, tmp_path)
     # Rows of one-hot features: activations quantized to int8 represent them exactly.
@@ -93,11 +105,7 @@ def test_onnxruntime_looks_up_the_dequantized_rows_and_shares_them_with_the_head
     weight = random_weight(24, 64)
     graph = Graph("embedding")
     ids = graph.input("ids", np.int64, [1, "rows"])
-
-    def quantizer(_name: str, values: FloatArray) -> QuantizedMatrix:
-        return quantize_rtn(values, block_format)
-
-    embedding = QuantizedEmbedding(graph, EmbeddingSpec("table", 24, 64), block_format, quantizer)
+    embedding = QuantizedEmbeddingFactory(uniform_rtn(block_format))(graph, EmbeddingSpec("table", 24, 64))
     hidden = embedding.lookup(graph, ids)
     logits = embedding.project(graph, graph.input("x", np.float32, [1, "features", 64]))
     graph.publish(hidden, "hidden", np.float32, [1, "rows", 64])

@@ -18,8 +18,12 @@ from lamplighter_builder import weight_file
 from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.gguf import GgufCheckpoint
+from lamplighter_builder.graph import Graph
 from lamplighter_builder.package_writer import PackageWriter
+from lamplighter_builder.precision import INT4_FORMAT, INT8_FORMAT, describe_precision, quantized_parts
 from lamplighter_builder.progress import SilentProgress
+from lamplighter_builder.quantization.scheme import MatrixRecipe, uniform_rtn
+from lamplighter_builder.registry import find_architecture
 from lamplighter_builder.runner import Runner
 from support.tiny_model import TinyShape, build_tiny_package, write_tiny_checkpoint
 
@@ -157,6 +161,29 @@ def test_memory_needs_count_repacked_matrices(tiny_int4: Path) -> None:
     stored = sum(group.length_bytes for group in manifest.precision.groups)
     assert manifest.memory.weights_bytes > stored
     assert manifest.memory.weights_bytes < 3 * stored
+
+
+def test_int8_package_stores_a_tied_table_once_in_blocks_of_32(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    manifest = manifest_of(build_tiny_package(tiny_checkpoint, tmp_path / "package", "int8"))
+    groups = {group.name: group for group in manifest.precision.groups}
+    assert (manifest.precision.name, set(groups)) == ("int8", {"embedding", "linear", "norm", "rope"})
+    assert groups["embedding"].length_bytes == 384 * 64 + 384 * 2 * 4
+    assert (groups["linear"].dtype, groups["linear"].bits, groups["linear"].block_size) == ("uint8", 8, 32)
+
+
+def test_a_scheme_gives_each_layer_a_format_of_its_own(tiny_checkpoint: Path) -> None:
+    coarse, fine = uniform_rtn(INT4_FORMAT), uniform_rtn(INT8_FORMAT)
+
+    def scheme(module: str) -> MatrixRecipe:
+        return (fine if module.endswith("down_proj") else coarse)(module)
+
+    config = HuggingFaceCheckpoint(tiny_checkpoint).config
+    architecture = find_architecture("llama")
+    graph = Graph("mixed")
+    architecture.model(architecture.read_config(config), quantized_parts(scheme)).build(graph)
+    groups = {group.name: (group.bits, group.length_bytes) for group in describe_precision("int4", graph).groups}
+    assert groups["linear.8bit-32"] == (8, 2 * (64 * 96 + 64 * 3 * 4))
+    assert groups["linear"][0] == 4
 
 
 def test_fp32_package_stores_a_tied_table_once(tiny_checkpoint: Path, tmp_path: Path) -> None:

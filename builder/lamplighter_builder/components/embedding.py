@@ -9,14 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from lamplighter_builder.components.linear import (
-    Quantizer,
     exact_repacker,
     matmul_nbits,
     quantized_arrays,
     quantized_specs,
 )
 from lamplighter_builder.graph import CONTRIB_DOMAIN, Array, FloatArray, Graph, Source, TensorSpec, Value, Weight
-from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
+from lamplighter_builder.quantization.blockwise import QuantizedMatrix
+from lamplighter_builder.quantization.scheme import MatrixRecipe, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ class FloatEmbedding:
 class QuantizedEmbedding:
     """``GatherBlockQuantized`` on the blob that a tied head reads as ``MatMulNBits``."""
 
-    def __init__(self, graph: Graph, spec: EmbeddingSpec, block_format: BlockFormat, quantizer: Quantizer) -> None:
-        self._spec, self._format = spec, block_format
-        self._matrix_specs = quantized_specs(spec.name, block_format, spec.vocab_size, spec.hidden_size)
+    def __init__(self, graph: Graph, spec: EmbeddingSpec, recipe: MatrixRecipe) -> None:
+        self._spec, self._format = spec, recipe.format
+        self._matrix_specs = quantized_specs(spec.name, recipe.format, spec.vocab_size, spec.hidden_size)
         codes, *rest = self._matrix_specs
         table = TensorSpec(codes.name, np.uint8, (spec.vocab_size, codes.nbytes // spec.vocab_size))
 
@@ -82,15 +82,17 @@ class QuantizedEmbedding:
             return [packed.reshape(table.shape), *others]
 
         def convert(sources: Sequence[FloatArray]) -> list[Array]:
-            return as_table(quantized_arrays(quantizer(spec.name, sources[0])))
+            return as_table(quantized_arrays(recipe.quantize(sources[0])))
 
-        exactly = exact_repacker(block_format)
+        exactly = exact_repacker(recipe.format)
 
         def repack(sources: Sequence[QuantizedMatrix]) -> list[Array] | None:
             arrays = exactly(sources)
             return None if arrays is None else as_table(arrays)
 
-        self._tensors = graph.weight(Weight("embedding", (spec.source,), (table, *rest), convert, repack))
+        self._tensors = graph.weight(
+            Weight("embedding", (spec.source,), (table, *rest), convert, repack, recipe.format)
+        )
 
     def lookup(self, graph: Graph, token_ids: Value) -> Value:
         """From token ids int64 [B, S] to hidden states [B, S, hidden_size]."""
@@ -117,11 +119,15 @@ class QuantizedEmbedding:
 
 
 class QuantizedEmbeddingFactory:
-    """Declares :class:`QuantizedEmbedding` with one format and quantizer."""
+    """Declares :class:`QuantizedEmbedding`.
 
-    def __init__(self, block_format: BlockFormat, quantizer: Quantizer) -> None:
-        self._format, self._quantizer = block_format, quantizer
+    Args:
+        scheme: Chooses format and quantizer by the table's name.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
 
     def __call__(self, graph: Graph, spec: EmbeddingSpec) -> QuantizedEmbedding:
         """Declare the table's weight."""
-        return QuantizedEmbedding(graph, spec, self._format, self._quantizer)
+        return QuantizedEmbedding(graph, spec, self._scheme(spec.name))

@@ -25,12 +25,10 @@ from lamplighter_builder.quantization.blockwise import (
     convert_exactly,
     stack_matrices,
 )
+from lamplighter_builder.quantization.scheme import Scheme
 
 ACCURACY_LEVEL: Final = 4
 """``MatMulNBits`` computes with activations quantized to int8; on the CPU four times as fast as float32."""
-
-Quantizer = Callable[[str, FloatArray], QuantizedMatrix]
-"""From a weight's name and its float32 [N, K] to its quantized form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,25 +86,24 @@ class QuantizedLinear:
     """``MatMulNBits``: codes uint8 [N, blocks, block_size * bits / 8], scales float32 [N, blocks].
 
     Args:
-        block_format: Bits, block size and symmetry of every matrix.
-        quantizer: Turns a weight into codes, scales and zero points.
+        scheme: Chooses format and quantizer of a matrix by the layer's name.
     """
 
-    def __init__(self, block_format: BlockFormat, quantizer: Quantizer) -> None:
-        self._format = block_format
-        self._quantizer = quantizer
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
 
     def __call__(self, graph: Graph, x: Value, spec: LinearSpec) -> Value:
         """Apply the layer to ``x`` [B, S, in_features] and return [B, S, out_features]."""
-        outputs = quantized_specs(spec.name, self._format, spec.out_features, spec.in_features)
+        recipe = self._scheme(spec.name)
+        outputs = quantized_specs(spec.name, recipe.format, spec.out_features, spec.in_features)
 
         def convert(sources: Sequence[FloatArray]) -> list[Array]:
-            return quantized_arrays(self._quantizer(spec.name, _stack(sources)))
+            return quantized_arrays(recipe.quantize(_stack(sources)))
 
-        repack = exact_repacker(self._format)
-        tensors = graph.weight(Weight(spec.group, spec.sources, outputs, convert, repack))
+        repack = exact_repacker(recipe.format)
+        tensors = graph.weight(Weight(spec.group, spec.sources, outputs, convert, repack, recipe.format))
         bias = declare_bias(graph, spec) if spec.biases else None
-        return matmul_nbits(graph, x, tensors, self._format, (spec.out_features, spec.in_features), bias)
+        return matmul_nbits(graph, x, tensors, recipe.format, (spec.out_features, spec.in_features), bias)
 
 
 def quantized_specs(
