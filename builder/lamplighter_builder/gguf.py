@@ -1,16 +1,16 @@
 """GGUF files: weights through the ``gguf`` package's dequantizers, configuration and tokenizer from the metadata.
 
-llama.cpp stores the query and key projections of llama-architecture models with the rows of each head interleaved for
-its own rotary kernel; they are put back into Hugging Face's order here.
+Names, shapes and values come out as in the Hugging Face checkpoint that the file was converted from: rows that
+llama.cpp stores in another order are put back, stacked projections and experts are cut apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 import gguf
 import numpy as np
@@ -19,67 +19,62 @@ import numpy.typing as npt
 from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
 from lamplighter_builder.checkpoint import Checkpoint, TensorInfo, TokenizerFiles
 from lamplighter_builder.fields import Fields
+from lamplighter_builder.gguf_architectures import EXPERT, GGUF_ARCHITECTURES, GgufArchitecture, GgufFacts
 from lamplighter_builder.gguf_blocks import EXACT_KINDS, exact_matrix
+from lamplighter_builder.gguf_file import GgufFile, GgufTensor, read_gguf
+from lamplighter_builder.gguf_rope import FACTOR_TENSORS
 from lamplighter_builder.gguf_tokenizer import GgufVocabulary, tokenizer_json
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.quantization.blockwise import CodeArray, QuantizedMatrix
 
 _Element = TypeVar("_Element", bound=np.generic)
 
-_GLOBAL_TENSORS: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-)
-_LAYER_MODULES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-)
-_IGNORED_TENSORS: Final = frozenset({"rope_freqs.weight"})
+_LAYER: Final = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
+_SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.ASCII)
+_IGNORED_TENSORS: Final = re.compile(r"(blk\.\d+\.)?attn_rot_embd\.weight", re.ASCII)
+"""Frequencies that llama.cpp wrote before 2023-06 and never read."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor as the file holds it; ``heads`` is set where its rows are interleaved per head."""
+    """A tensor under its Hugging Face name: rows of a tensor of the file.
 
-    offset: int
-    length: int
-    kind: gguf.GGMLQuantizationType
-    info: TensorInfo
-    heads: int | None
+    Attributes:
+        tensor: Place and kind; shape and place are those of the rows alone.
+        heads: Heads whose rows are interleaved, or None.
+        offset: What was added to the values.
+    """
+
+    tensor: GgufTensor
+    heads: int | None = None
+    offset: float = 0.0
 
 
 class GgufCheckpoint(Checkpoint):
-    """A single GGUF file of the llama architecture.
+    """A GGUF file, or the first of a split one.
 
     Raises:
-        CheckpointError: If the file is damaged or a metadata field is missing.
+        CheckpointError: If a file is damaged or missing, or a metadata field is missing.
         UnsupportedModelError: If the architecture or a tensor is unknown.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        reader = _open(path)
-        self._metadata = Fields({name: field.contents() for name, field in reader.fields.items()}, str(path))
-        architecture = self._metadata.text("general.architecture")
-        if architecture != "llama":
+        self._files = _open_all(path)
+        self._metadata = self._files[0].metadata
+        name = self._metadata.text("general.architecture")
+        architecture = GGUF_ARCHITECTURES.get(name)
+        if architecture is None:
             raise UnsupportedModelError(
-                f"{path}: GGUF architecture {architecture!r} is not supported", hint="supported is: llama"
+                f"{path}: GGUF architecture {name!r} is not supported",
+                hint=f"supported are: {', '.join(sorted(GGUF_ARCHITECTURES))}",
             )
+        tensors = _merge(self._files)
+        factors = {key: tuple(self._floats(tensors.pop(key)).tolist()) for key in FACTOR_TENSORS & tensors.keys()}
+        shapes = {key: tensor.shape for key, tensor in tensors.items()}
+        self.config = Fields(architecture.config(GgufFacts(name, self._metadata, shapes, factors)), str(path))
+        self._stored = dict(_hugging_face(tensors, architecture, self.config))
         self._vocabulary = GgufVocabulary.from_metadata(self._metadata)
-        self._stored = self._index(reader)
-        self.config = self._read_config()
         eos = [self._metadata.token_ids(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
         self.generation_config = Fields(
             {
@@ -92,8 +87,8 @@ class GgufCheckpoint(Checkpoint):
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The file itself."""
-        return (self.path,)
+        """The file, or all files of a split one."""
+        return tuple(file.path for file in self._files)
 
     @property
     def licence(self) -> str | None:
@@ -103,7 +98,7 @@ class GgufCheckpoint(Checkpoint):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors by their Hugging Face names."""
-        return {name: stored.info for name, stored in self._stored.items()}
+        return {name: TensorInfo(stored.tensor.shape, stored.tensor.kind.name) for name, stored in self._stored.items()}
 
     def read(self, name: str) -> FloatArray:
         """Read one tensor, dequantized to float32, rows in Hugging Face's order.
@@ -112,10 +107,9 @@ class GgufCheckpoint(Checkpoint):
             CheckpointError: If the file ends early or the quantization is unknown to the ``gguf`` package.
         """
         stored = self._stored[name]
-        try:
-            values = _dequantize(self._raw(name), stored)
-        except NotImplementedError as error:
-            raise CheckpointError(f"{self.path}: tensor {name} is stored as {stored.kind.name}: {error}") from error
+        values = self._floats(stored.tensor)
+        if stored.offset:
+            values -= np.float32(stored.offset)
         return values if stored.heads is None else _restore_head_order(values, stored.heads)
 
     def quantized(self, name: str) -> QuantizedMatrix | None:
@@ -125,9 +119,10 @@ class GgufCheckpoint(Checkpoint):
             CheckpointError: If the file ends early.
         """
         stored = self._stored[name]
-        if stored.kind not in EXACT_KINDS or len(stored.info.shape) != 2:
+        tensor = stored.tensor
+        if tensor.kind not in EXACT_KINDS or len(tensor.shape) != 2:
             return None
-        matrix = exact_matrix(self._raw(name), stored.kind, (stored.info.shape[0], stored.info.shape[1]))
+        matrix = exact_matrix(_raw(tensor), tensor.kind, (tensor.shape[0], tensor.shape[1]))
         if stored.heads is None:
             return matrix
         return QuantizedMatrix(
@@ -135,13 +130,6 @@ class GgufCheckpoint(Checkpoint):
             codes=_restore_head_order(matrix.codes, stored.heads),
             scales=_restore_head_order(matrix.scales, stored.heads),
         )
-
-    def _raw(self, name: str) -> CodeArray:
-        stored = self._stored[name]
-        raw = np.fromfile(self.path, dtype=np.uint8, count=stored.length, offset=stored.offset)
-        if raw.size != stored.length:
-            raise CheckpointError(f"{self.path}: the file ends inside tensor {name}", hint="download it again")
-        return raw
 
     def tokenizer(self) -> TokenizerFiles:
         """Make ``tokenizer.json`` from the vocabulary in the metadata.
@@ -154,82 +142,128 @@ class GgufCheckpoint(Checkpoint):
             tokenizer_json(self._vocabulary), template or None, self._vocabulary.special_token_texts()
         )
 
-    def _read_config(self) -> Fields:
-        """Return the metadata as Hugging Face would write it in ``config.json``."""
-        meta = self._metadata
-        hidden_size = meta.integer("llama.embedding_length")
-        heads = meta.integer("llama.attention.head_count")
-        scaling = meta.text("llama.rope.scaling.type", default="none")
-        rope: dict[str, object] = {"rope_theta": meta.number("llama.rope.freq_base", default=10000.0)}
-        if scaling == "linear":
-            rope |= {"rope_type": "linear", "factor": meta.number("llama.rope.scaling.factor")}
-        elif scaling != "none":
-            raise UnsupportedModelError(f"{self.path}: rope scaling {scaling!r} is not supported")
-        return Fields(
-            {
-                "model_type": "llama",
-                "hidden_size": hidden_size,
-                "intermediate_size": meta.integer("llama.feed_forward_length"),
-                "num_hidden_layers": meta.integer("llama.block_count"),
-                "num_attention_heads": heads,
-                "num_key_value_heads": meta.integer("llama.attention.head_count_kv", default=heads),
-                "head_dim": meta.integer("llama.attention.key_length", default=hidden_size // heads),
-                "vocab_size": len(self._vocabulary.tokens),
-                "max_position_embeddings": meta.integer("llama.context_length"),
-                "rms_norm_eps": meta.number("llama.attention.layer_norm_rms_epsilon"),
-                "hidden_act": "silu",
-                "rope_parameters": rope,
-                "tie_word_embeddings": "lm_head.weight" not in self._stored,
-            },
-            str(self.path),
+    def _floats(self, tensor: GgufTensor) -> FloatArray:
+        try:
+            return _dequantize(_raw(tensor), tensor)
+        except NotImplementedError as error:
+            raise CheckpointError(f"{tensor.path}: a tensor is stored as {tensor.kind.name}: {error}") from error
+
+
+def _open_all(path: Path) -> list[GgufFile]:
+    """Read the headers of a file and, if it is the first of a split one, of the others."""
+    first = read_gguf(path)
+    count = first.metadata.integer("split.count", default=1)
+    if count <= 1:
+        return [first]
+    match = _SHARD.fullmatch(path.name)
+    if match is None or int(match[2]) != 1 or int(match[3]) != count:
+        raise CheckpointError(
+            f"{path}: is one of {count} files of a split model", hint=f"give the file named …-00001-of-{count:05}.gguf"
         )
+    names = [f"{match[1]}-{number:05}-of-{count:05}.gguf" for number in range(2, count + 1)]
+    return [first, *(read_gguf(path.with_name(name)) for name in names)]
 
-    def _index(self, reader: gguf.GGUFReader) -> dict[str, _Stored]:
-        size = self.path.stat().st_size
-        heads = self._metadata.integer("llama.attention.head_count")
-        key_heads = self._metadata.integer("llama.attention.head_count_kv", default=heads)
-        found = {}
-        for tensor in reader.tensors:
-            if tensor.name in _IGNORED_TENSORS:
-                continue
-            name = _hugging_face_name(tensor.name)
-            if tensor.data_offset + tensor.n_bytes > size:
-                raise CheckpointError(f"{self.path}: the file ends inside tensor {tensor.name}")
-            shape = tuple(int(extent) for extent in reversed(tensor.shape))
-            kind = gguf.GGMLQuantizationType(tensor.tensor_type)
-            interleaved = heads if ".q_proj." in name else key_heads if ".k_proj." in name else None
-            found[name] = _Stored(
-                int(tensor.data_offset), int(tensor.n_bytes), kind, TensorInfo(shape, kind.name), interleaved
+
+def _merge(files: list[GgufFile]) -> dict[str, GgufTensor]:
+    found: dict[str, GgufTensor] = {}
+    for file in files:
+        for name, tensor in file.tensors.items():
+            if name in found:
+                raise CheckpointError(f"{tensor.path}: tensor {name} is also in {found[name].path.name}")
+            if _IGNORED_TENSORS.fullmatch(name) is None:
+                found[name] = tensor
+    return found
+
+
+def _hugging_face(
+    tensors: Mapping[str, GgufTensor], architecture: GgufArchitecture, config: Fields
+) -> Iterator[tuple[str, _Stored]]:
+    """Yield every tensor under its Hugging Face name.
+
+    Raises:
+        CheckpointError: If a stacked tensor has not the rows that the config says.
+        UnsupportedModelError: If a name is unknown.
+    """
+    heads, key_heads = config.integer("num_attention_heads"), config.integer("num_key_value_heads")
+    head_dim = config.integer("head_dim")
+    stacked_rows = (heads * head_dim, key_heads * head_dim, key_heads * head_dim)
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        for path, rows in _split(tensor, _module_paths(name, module, tensor, architecture), stacked_rows):
+            interleaved = {"q_proj": heads, "k_proj": key_heads}.get(path.rpartition(".")[2])
+            if interleaved is not None and architecture.interleaved and rows.shape[0] % (2 * interleaved):
+                raise CheckpointError(f"{tensor.path}: tensor {name} has {rows.shape[0]} rows for {interleaved} heads")
+            yield (
+                f"{path}.{kind}",
+                _Stored(
+                    rows,
+                    interleaved if architecture.interleaved else None,
+                    architecture.norm_offset if path.endswith("norm") else 0.0,
+                ),
             )
-        return found
 
 
-def _open(path: Path) -> gguf.GGUFReader:
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: not a GGUF file, or cut short: {error}", hint="download it again") from error
+def _module_paths(name: str, module: str, tensor: GgufTensor, architecture: GgufArchitecture) -> tuple[str, ...]:
+    """Return the paths of the Hugging Face modules that a tensor belongs to."""
+    layer = _LAYER.fullmatch(module)
+    if layer is None and module in architecture.modules:
+        return (architecture.modules[module],)
+    if layer is not None and layer[2] in architecture.layer_modules:
+        return tuple(f"model.layers.{layer[1]}.{path}" for path in architecture.layer_modules[layer[2]])
+    raise UnsupportedModelError(f"{tensor.path}: tensor {name!r} is unknown in this architecture")
 
 
-def _hugging_face_name(name: str) -> str:
-    if name in _GLOBAL_TENSORS:
-        return _GLOBAL_TENSORS[name]
-    prefix, _, rest = name.partition(".")
-    layer, _, rest = rest.partition(".")
-    module, _, kind = rest.rpartition(".")
-    if prefix != "blk" or module not in _LAYER_MODULES:
-        raise UnsupportedModelError(f"GGUF tensor {name!r} is unknown in the llama architecture")
-    return f"model.layers.{layer}.{_LAYER_MODULES[module]}.{kind}"
-
-
-def _dequantize(raw: np.ndarray[Any, np.dtype[np.uint8]], stored: _Stored) -> FloatArray:
-    kinds = gguf.GGMLQuantizationType
-    if stored.kind in (kinds.F32, kinds.F16):
-        values = raw.view(np.float32 if stored.kind == kinds.F32 else np.float16)
+def _split(
+    tensor: GgufTensor, paths: tuple[str, ...], stacked_rows: tuple[int, ...]
+) -> Iterator[tuple[str, GgufTensor]]:
+    """Yield the parts of a tensor with their module paths: all of it, stacked projections, or one a expert."""
+    first = paths[0]
+    if EXPERT in first:
+        for expert in range(tensor.shape[0]):
+            part = _rows(tensor, expert, 1)
+            yield first.replace(EXPERT, str(expert)), replace(part, shape=tensor.shape[1:])
+    elif len(paths) == 1:
+        yield first, tensor
     else:
-        block, block_bytes = gguf.GGML_QUANT_SIZES[stored.kind]
-        values = gguf.quants.dequantize(raw.reshape(-1, stored.info.shape[-1] // block * block_bytes), stored.kind)
-    return np.ascontiguousarray(values, dtype=np.float32).reshape(stored.info.shape)
+        if sum(stacked_rows) != tensor.shape[0]:
+            raise CheckpointError(
+                f"{tensor.path}: stacked projections have {tensor.shape[0]} rows, but must have {sum(stacked_rows)}"
+            )
+        start = 0
+        for path, rows in zip(paths, stacked_rows, strict=True):
+            yield path, _rows(tensor, start, rows)
+            start += rows
+
+
+def _rows(tensor: GgufTensor, start: int, count: int) -> GgufTensor:
+    """Return some rows of a tensor as a tensor; rows are whole blocks and lie one behind the other."""
+    row_bytes = tensor.length // tensor.shape[0]
+    return replace(
+        tensor,
+        offset=tensor.offset + start * row_bytes,
+        length=count * row_bytes,
+        shape=(count, *tensor.shape[1:]),
+    )
+
+
+def _raw(tensor: GgufTensor) -> CodeArray:
+    try:
+        raw = np.fromfile(tensor.path, dtype=np.uint8, count=tensor.length, offset=tensor.offset)
+    except OSError as error:
+        raise CheckpointError(f"{tensor.path}: cannot be read: {error.strerror}") from error
+    if raw.size != tensor.length:
+        raise CheckpointError(f"{tensor.path}: the file became shorter while it was read", hint="download it again")
+    return raw
+
+
+def _dequantize(raw: CodeArray, tensor: GgufTensor) -> FloatArray:
+    kinds = gguf.GGMLQuantizationType
+    if tensor.kind in (kinds.F32, kinds.F16, kinds.F64):
+        values = raw.view({kinds.F32: "<f4", kinds.F16: "<f2", kinds.F64: "<f8"}[tensor.kind])
+    else:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
+        values = gguf.quants.dequantize(raw.reshape(-1, tensor.shape[-1] // block * block_bytes), tensor.kind)
+    return np.ascontiguousarray(values, dtype=np.float32).reshape(tensor.shape)
 
 
 def _restore_head_order(values: npt.NDArray[_Element], heads: int) -> npt.NDArray[_Element]:
