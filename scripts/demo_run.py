@@ -19,6 +19,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -116,18 +118,23 @@ def run(command: list[str], *, timeout: float) -> None:
 
 
 def run_and_capture(command: list[str], *, timeout: float) -> str:
-    """Run a command whose output is shown as it comes, and return that output too."""
+    """Run a command whose output is shown as it comes, and return that output; its messages are shown after it."""
     show(command)
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-    timer_end, received = time.monotonic() + timeout, bytearray()
-    assert process.stdout is not None
-    while block := os.read(process.stdout.fileno(), 4096):
-        received += block
-        sys.stdout.buffer.write(block)
-        sys.stdout.flush()
-        if time.monotonic() > timer_end:
-            process.kill()
-    if code := process.wait(timeout=10):
+    received = bytearray()
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=messages)
+        timer = threading.Timer(timeout, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        while block := os.read(process.stdout.fileno(), 4096):
+            received += block
+            sys.stdout.buffer.write(block)
+            sys.stdout.flush()
+        code = process.wait()
+        timer.cancel()
+        messages.seek(0)
+        print(textwrap.indent(messages.read().decode(errors="replace"), "    "), end="", flush=True)
+    if code:
         raise DemoError(f"{Path(command[0]).name} {command[1]} ended with code {code}")
     return received.decode(errors="replace")
 
@@ -284,8 +291,21 @@ def ask_socket(api_socket: Path) -> None:
     connection.close()
 
 
+def refuse_a_second_run() -> None:
+    """Raise if an earlier run with ``--keep`` still holds the device's state and socket."""
+    kept = WORK / "kept.json"
+    if not kept.exists():
+        return
+    earlier = json.loads(kept.read_text())
+    if health(Path(earlier["socket"])) is None:
+        kept.unlink()
+        return
+    raise DemoError(f"an earlier run was left running; stop it first:\n    kill {' '.join(map(str, earlier['pids']))}")
+
+
 def demonstrate(keep: bool) -> int:
     """Run every step; return the exit code."""
+    refuse_a_second_run()
     processes = Processes(WORK / "logs")
     started = time.monotonic()
     try:
@@ -312,6 +332,7 @@ def demonstrate(keep: bool) -> int:
         processes.check()
         if keep:
             explain_how_to_talk(mqtt_port, api_socket, processes)
+            (WORK / "kept.json").write_text(json.dumps({"pids": processes.pids(), "socket": str(api_socket)}))
             processes = Processes(WORK / "logs")  # nothing of it is ours to stop any more
         elapsed = time.monotonic() - started
         if "Paris" in answer:
