@@ -211,11 +211,11 @@ class Scheduler:
     def _reuse_prefix(self, sequence: Sequence, slot: int) -> None:
         """Copy the longest beginning of the prompt that a slot or the prefix cache holds.
 
-        The last token is left: its logits are needed.
+        The last token is left, since its logits are needed, and the one before it, for ``remaining_prompt``'s reason.
         """
         if self._prefixes is None or not sequence.cache_prompt:
             return
-        cache, wanted = self._runner.cache, sequence.prompt[:-1]
+        cache, wanted = self._runner.cache, sequence.prompt[:-2]
         shared = [(common_prefix(cache.tokens(other), wanted), other) for other in range(slot)]
         length, other = max(shared, default=(0, slot))
         if length > self._prefixes.match(wanted):

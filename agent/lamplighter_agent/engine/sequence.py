@@ -72,7 +72,13 @@ class Sequence:
         self.prefilled = self.cached = tokens
 
     def remaining_prompt(self, most: int) -> list[int]:
-        """Return the next prompt tokens to compute, at most ``most``."""
+        """Return the next prompt tokens to compute, at most ``most``.
+
+        No single token is left for the end: kernels for one row round otherwise than those for many, which all agree.
+        So the logits behind a prompt are the same to the last bit however it was cut and whatever was cached of it.
+        """
+        if len(self.prompt) - self.prefilled == most + 1 and most > 2:
+            most -= 1
         return self.prompt[self.prefilled : self.prefilled + most]
 
     @property

@@ -286,3 +286,14 @@ def test_a_cached_prefix_gives_what_a_cold_start_gives(
     cold, _, _ = run(engine, prompt, msgspec.structs.replace(params, cache_prompt=False))
     assert end.usage.cached_tokens >= shared
     assert warm == cold
+
+
+def test_logits_behind_a_prompt_are_the_same_bits_however_it_was_cut_and_cached(tiny_package: Path) -> None:
+    seen = []
+    for chunk in (7, 33, 128):
+        engine = Engine.load(tiny_package, options=msgspec.structs.replace(OPTIONS, prefill_chunk_tokens=chunk))
+        for prompt in (LONG, [*LONG[:34], 200, 201], LONG[:34], LONG[:34], LONG):
+            items = list(engine.generate(prompt, msgspec.structs.replace(GREEDY, max_tokens=1, logprobs=5)))
+            seen.append((len(prompt), items[0].logprob))
+    for length in (100, 36, 34):
+        assert len({item[1] for item in seen if item[0] == length}) == 1
