@@ -23,7 +23,9 @@ from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.pinned import pinned_tokens, warm
 from lamplighter_agent.engine.prefix_cache import PrefixCache
+from lamplighter_agent.engine.prefix_files import PrefixFiles
 from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.scheduler import Scheduler
@@ -79,6 +81,7 @@ class Engine:
         options: EngineOptions,
         threads: int,
         prepared: bool,
+        prefix_files: PrefixFiles | None = None,
     ) -> None:
         self.manifest = manifest
         self.tokenizer = tokenizer
@@ -88,7 +91,9 @@ class Engine:
         self.prepared = prepared
         spec = CacheSpec.from_model(manifest.model)
         cache = KVCache(spec, slots=plan.slots, capacity=plan.max_context_tokens)
-        self.prefixes = PrefixCache(spec, max_bytes=plan.prefix_cache_bytes)
+        self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
+        source = None if self._prefix_files is None else self._prefix_files.recall
+        self.prefixes = PrefixCache(spec, max_bytes=plan.prefix_cache_bytes, source=source)
         self.runner = ModelRunner(session, cache)
         self.scheduler = Scheduler(
             self.runner,
@@ -101,15 +106,24 @@ class Engine:
         )
         self._numbers = itertools.count(1)
         self._inboxes: dict[str, deque[Event]] = {}
+        self._warm(options.pinned_prompts)
 
     @classmethod
-    def load(cls, package: Path, *, options: EngineOptions | None = None, prepared_root: Path | None = None) -> Engine:
+    def load(
+        cls,
+        package: Path,
+        *,
+        options: EngineOptions | None = None,
+        prepared_root: Path | None = None,
+        prefix_root: Path | None = None,
+    ) -> Engine:
         """Open a package.
 
         Args:
             package: The package directory; its files were verified when it was installed.
             options: Limits and choices; None: all automatic.
             prepared_root: Where prepared copies lie; a good one for this machine is used.
+            prefix_root: Where prefixes are kept over a restart; None: nowhere.
 
         Raises:
             ConfigError: If an option is out of range.
@@ -130,7 +144,19 @@ class Engine:
         if session is None:
             check_operators(package / MODEL_NAME)
             session = ModelSession(package / MODEL_NAME, manifest, threads=threads)
-        return cls(manifest, tokenizer, session, plan=plan, options=options, threads=threads, prepared=prepared)
+        files = None
+        if prefix_root is not None and options.prefix_disk_bytes:
+            files = _prefix_files(package, prefix_root, manifest, options.prefix_disk_bytes)
+        return cls(
+            manifest,
+            tokenizer,
+            session,
+            plan=plan,
+            options=options,
+            threads=threads,
+            prepared=prepared,
+            prefix_files=files,
+        )
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Return the tokens of a prompt.
@@ -175,6 +201,24 @@ class Engine:
         for request_id in list(self._inboxes):
             self.scheduler.cancel(request_id)
         self._inboxes.clear()
+        if self._prefix_files is not None:
+            self._prefix_files.save(self.prefixes)
+
+    def _warm(self, pinned_prompts: tuple[str, ...]) -> None:
+        """Compute the pinned prompts, and put on disk what was not there."""
+        if not (pinned_prompts and self.plan.prefix_cache_bytes):
+            return
+        if self.manifest.chat_format is None:
+            logger.warning("pinned prompts are left out: %s has no chat format", self.manifest.reference)
+            return
+        try:
+            sequences = [pinned_tokens(text, self.encode_prompt) for text in pinned_prompts]
+        except RequestError as error:
+            logger.warning("pinned prompts are left out: %s", error.message)
+            return
+        warm(self.prefixes, self.runner, sequences, chunk_tokens=self.plan.prefill_chunk_tokens)
+        if self._prefix_files is not None:
+            self._prefix_files.save(self.prefixes)
 
     def _iterate(self, request_id: str) -> Iterator[Token]:
         inbox = self._inboxes[request_id]
@@ -223,6 +267,17 @@ def _check_target(manifest: Manifest) -> None:
 def _version(text: str) -> tuple[int, ...]:
     """Return the leading ``major.minor`` of a version as numbers; parts that are no numbers count as 0."""
     return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
+
+
+def _prefix_files(package: Path, root: Path, manifest: Manifest, max_bytes: int) -> PrefixFiles:
+    key, spec = prepared_key(package), CacheSpec.from_model(manifest.model)
+    return PrefixFiles(
+        root,
+        f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec}",
+        spec,
+        vocab_size=manifest.model.vocab_size,
+        max_bytes=max_bytes,
+    )
 
 
 def _open_prepared(package: Path, root: Path, manifest: Manifest, threads: int) -> ModelSession | None:

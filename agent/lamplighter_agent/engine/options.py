@@ -11,6 +11,8 @@ from lamplighter_agent.errors import ConfigError
 MIN_CONTEXT_TOKENS: Final = 16
 MAX_SLOTS: Final = 64
 MAX_QUEUED_REQUESTS: Final = 64
+MAX_PINNED_PROMPTS: Final = 64
+DEFAULT_PREFIX_DISK_BYTES: Final = 64 * 1024 * 1024
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +26,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         prefill_chunk_tokens: Prompt tokens computed at once; bounds how long other requests wait for a token.
         max_queued_requests: Requests waiting for a slot; more are refused as busy.
         prefix_cache_bytes: Most bytes of the prefix cache; 0 switches it off; None: a share of what is free.
+        prefix_disk_bytes: Most bytes of the prefixes that are kept on disk over a restart; 0 keeps none.
+        pinned_prompts: System prompts that are computed when the package is loaded and stay in the prefix cache.
     """
 
     memory_budget_bytes: int | None = None
@@ -33,6 +37,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill_chunk_tokens: int = 128
     max_queued_requests: int = MAX_QUEUED_REQUESTS
     prefix_cache_bytes: int | None = None
+    prefix_disk_bytes: int = DEFAULT_PREFIX_DISK_BYTES
+    pinned_prompts: tuple[str, ...] = ()
 
     def validate(self) -> None:
         """Check every option's range.
@@ -47,6 +53,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         _check("prefill_chunk_tokens", self.prefill_chunk_tokens, 1, 8192)
         _check("max_queued_requests", self.max_queued_requests, 1, 65536)
         _check("prefix_cache_bytes", self.prefix_cache_bytes, 0, 2**53)
+        _check("prefix_disk_bytes", self.prefix_disk_bytes, 0, 2**53)
+        _check("pinned_prompts (their number)", len(self.pinned_prompts), 0, MAX_PINNED_PROMPTS)
 
 
 def _check(option: str, value: int | None, low: int, high: int) -> None:

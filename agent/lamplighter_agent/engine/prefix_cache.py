@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec, KVCache
 
 TokenArray = NDArray[np.int64]
+Source = Callable[["PrefixCache", Sequence[int], int], None]
 
 
 def common_prefix(first: Sequence[int] | TokenArray, second: Sequence[int] | TokenArray) -> int:
@@ -107,18 +108,32 @@ class PrefixCache:
     Args:
         spec: Shape of the caches that it copies from and to.
         max_bytes: Most bytes that it holds; 0 switches it off.
+        source: Called with the cache, tokens that are wanted, and how many of them are known elsewhere, so that it
+            can add more of them.
 
     Attributes:
         max_bytes: The bound; see ``resize``.
         nbytes: Bytes held now.
     """
 
-    def __init__(self, spec: CacheSpec, *, max_bytes: int) -> None:
+    def __init__(self, spec: CacheSpec, *, max_bytes: int, source: Source | None = None) -> None:
         self.spec = spec
+        self._source = source
         self.max_bytes = max_bytes
         self.nbytes = 0
         self._ticks = 0
         self._root = _Run(np.zeros(0, dtype=np.int64), None, None)
+
+    def recall(self, tokens: Sequence[int], *, beyond: int = 0) -> int:
+        """Ask the source for the beginning of ``tokens``, then return how many leading tokens are stored.
+
+        Args:
+            tokens: What is wanted.
+            beyond: Leading tokens that the caller has already.
+        """
+        if self._source is not None and self.max_bytes:
+            self._source(self, tokens, beyond)
+        return self.match(tokens)
 
     def match(self, tokens: Sequence[int]) -> int:
         """Return how many leading tokens are stored."""
@@ -160,19 +175,7 @@ class PrefixCache:
             for index, buffer in enumerate(cache.buffers):
                 rows[:, index] = buffer[slot, :, begin : begin + len(rows)].swapaxes(0, 1)
 
-        return self._store(cache.tokens(slot)[:tokens], fill, pinned=pinned)
-
-    def store_rows(self, tokens: Sequence[int], rows: CacheArray, *, pinned: bool = False) -> int:
-        """Keep tokens whose keys and values are given: [tokens, 2 * layers, heads, head_dim].
-
-        Returns:
-            How many leading tokens are stored now.
-        """
-
-        def fill(target: CacheArray, begin: int) -> None:
-            target[:] = rows[begin : begin + len(target)]
-
-        return self._store(tokens, fill, pinned=pinned)
+        return self.store_filled(cache.tokens(slot)[:tokens], fill, pinned=pinned)
 
     def resize(self, max_bytes: int) -> None:
         """Change the bound; what no longer fits goes, pinned runs last."""
@@ -187,12 +190,28 @@ class PrefixCache:
         self.nbytes = 0
 
     def sequences(self) -> Iterator[tuple[TokenArray, list[CacheArray]]]:
-        """Yield the stored sequences, last used first: int64 [n], and rows as in ``store_rows``, in several parts."""
-        for leaf in sorted((run for run in self._runs() if not run.children), key=lambda run: -run.used):
+        """Yield the stored sequences, pinned first, then last used first.
+
+        Each is int64 [n] and its rows [n, 2 * layers, heads, head_dim], cut in several parts.
+        """
+        leaves = [run for run in self._runs() if not run.children]
+        for leaf in sorted(leaves, key=lambda run: (not run.pinned, -run.used)):
             yield np.concatenate([run.tokens for run in leaf.path]), [run.rows for run in leaf.path]
 
-    def _store(self, tokens: Sequence[int], fill: Callable[[CacheArray, int], None], *, pinned: bool) -> int:
-        """Add what is missing; ``fill`` writes the rows from a token on into an array [n, …]."""
+    def store_filled(
+        self, tokens: Sequence[int], fill: Callable[[CacheArray, int], None], *, pinned: bool = False
+    ) -> int:
+        """Keep tokens whose keys and values another writes.
+
+        Args:
+            tokens: The tokens.
+            fill: Gets an array [n, 2 * layers, heads, head_dim] and the index of the token that its first row is for,
+                and writes it. If it raises, nothing is added.
+            pinned: Keep them until ``clear``.
+
+        Returns:
+            How many leading tokens are stored now.
+        """
         wanted = np.asarray(tokens, dtype=np.int64)
         tick = self._tick()
         parent, begin = self._root, 0

@@ -211,14 +211,14 @@ class Scheduler:
     def _reuse_prefix(self, sequence: Sequence, slot: int) -> None:
         """Copy the longest beginning of the prompt that a slot or the prefix cache holds.
 
-        The last token is left, since its logits are needed, and the one before it, for ``remaining_prompt``'s reason.
+        The last token is left, since its logits are needed, and the one before it, for ``chunk_length``'s reason.
         """
         if self._prefixes is None or not sequence.cache_prompt:
             return
         cache, wanted = self._runner.cache, sequence.prompt[:-2]
         shared = [(common_prefix(cache.tokens(other), wanted), other) for other in range(slot)]
         length, other = max(shared, default=(0, slot))
-        if length > self._prefixes.match(wanted):
+        if length > self._prefixes.recall(wanted, beyond=length):
             cache.copy(other, slot, length)
             sequence.reuse(length)
         else:

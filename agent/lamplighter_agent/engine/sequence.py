@@ -9,6 +9,15 @@ from lamplighter_agent.engine.sampling import Sampler
 from lamplighter_agent.engine.truncation import Logits
 
 
+def chunk_length(remaining: int, most: int) -> int:
+    """Return how many of ``remaining`` prompt tokens to compute next, at most ``most``.
+
+    No single token is left for the end: kernels for one row round otherwise than those for many, which all agree.
+    So the logits behind a prompt are the same to the last bit however it was cut and whatever was cached of it.
+    """
+    return most - 1 if remaining == most + 1 and most > 2 else min(remaining, most)
+
+
 class Sequence:
     """A request that was accepted.
 
@@ -72,14 +81,9 @@ class Sequence:
         self.prefilled = self.cached = tokens
 
     def remaining_prompt(self, most: int) -> list[int]:
-        """Return the next prompt tokens to compute, at most ``most``.
-
-        No single token is left for the end: kernels for one row round otherwise than those for many, which all agree.
-        So the logits behind a prompt are the same to the last bit however it was cut and whatever was cached of it.
-        """
-        if len(self.prompt) - self.prefilled == most + 1 and most > 2:
-            most -= 1
-        return self.prompt[self.prefilled : self.prefilled + most]
+        """Return the next prompt tokens to compute, at most ``most``."""
+        length = chunk_length(len(self.prompt) - self.prefilled, most)
+        return self.prompt[self.prefilled : self.prefilled + length]
 
     @property
     def in_prefill(self) -> bool:

@@ -35,6 +35,7 @@ from lamplighter_agent.update.store import Store
 logger = logging.getLogger(__name__)
 
 BOOT_NAME: Final = "boot"
+PREFIXES_NAME: Final = "prefixes"
 _MIB: Final = 1024 * 1024
 _DRAIN_S: Final = 10.0
 _TICK_S: Final = 5.0
@@ -328,6 +329,7 @@ def _spec(config: AgentConfig, store: Store, engine: EngineModules) -> WorkerSpe
     return WorkerSpec(
         package=Path(),
         prepared_root=store.prepared_dir,
+        prefix_root=config.state_dir / PREFIXES_NAME,
         options=_engine_options(config.engine),
         engine=engine.load,
         start_timeout_s=config.engine.start_timeout_s,
@@ -342,6 +344,9 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
         max_context_tokens=config.max_context_tokens,
         slots=config.slots,
         threads=config.threads,
+        prefix_cache_bytes=None if config.prefix_cache_mb is None else config.prefix_cache_mb * _MIB,
+        prefix_disk_bytes=config.prefix_disk_mb * _MIB,
+        pinned_prompts=config.pinned_prompts,
     )
 
 

@@ -68,6 +68,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         package: Package directory.
         prepared_root: Where weights prepared for this CPU lie, or None.
+        prefix_root: Where prefixes are kept over a restart, or None.
         options: Limits and choices for the engine.
         engine: ``module:function`` that loads the engine in the child.
         start_timeout_s: Longest time from start to readiness.
@@ -77,6 +78,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     package: Path
     prepared_root: Path | None = None
+    prefix_root: Path | None = None
     options: EngineOptions = EngineOptions()
     engine: str = DEFAULT_ENGINE
     start_timeout_s: float = 300.0
@@ -239,11 +241,12 @@ class EngineWorker:
         finally:
             theirs.close()
         reader, self._writer = await asyncio.open_unix_connection(sock=ours)
-        prepared = self.spec.prepared_root
+        prepared, prefixes = self.spec.prepared_root, self.spec.prefix_root
         await self._send(
             Load(
                 package=str(self.spec.package),
                 prepared_root=str(prepared) if prepared else None,
+                prefix_root=str(prefixes) if prefixes else None,
                 options=self.spec.options,
             )
         )

@@ -78,4 +78,9 @@ def load(command: Load) -> PackageEngine:
         EngineError: If the runtime fails or memory is too small.
     """
     prepared_root = Path(command.prepared_root) if command.prepared_root else None
-    return PackageEngine(Engine.load(Path(command.package), options=command.options, prepared_root=prepared_root))
+    prefix_root = Path(command.prefix_root) if command.prefix_root else None
+    return PackageEngine(
+        Engine.load(
+            Path(command.package), options=command.options, prepared_root=prepared_root, prefix_root=prefix_root
+        )
+    )

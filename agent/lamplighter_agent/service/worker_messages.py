@@ -66,6 +66,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     package: str
     prepared_root: str | None = None
+    prefix_root: str | None = None
     options: EngineOptions = EngineOptions()
 
 

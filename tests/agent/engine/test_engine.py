@@ -16,6 +16,7 @@ from lamplighter_agent.engine.events import Finished, TextDelta
 from lamplighter_agent.engine.generate import Engine, Prompt, Token
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.session import ModelSession
 from lamplighter_agent.errors import (
     ContextOverflowError,
@@ -297,3 +298,49 @@ def test_logits_behind_a_prompt_are_the_same_bits_however_it_was_cut_and_cached(
             seen.append((len(prompt), items[0].logprob))
     for length in (100, 36, 34):
         assert len({item[1] for item in seen if item[0] == length}) == 1
+
+
+PINNED = "You light lamps along the harbour and answer in one sentence."
+
+
+def _conversation(question: str) -> list[ChatMessage]:
+    return [ChatMessage("system", PINNED), ChatMessage("user", question)]
+
+
+def test_a_pinned_prompt_is_computed_before_the_first_request(tiny_package: Path) -> None:
+    options = msgspec.structs.replace(OPTIONS, pinned_prompts=(PINNED,))
+    engine = Engine.load(tiny_package, options=options)
+    prompt = engine.encode_prompt(_conversation("How many?"))
+    warm, _, end = run(engine, prompt, GREEDY)
+    assert end.usage.cached_tokens > len(engine.encode_prompt(PINNED))
+    assert warm == run(Engine.load(tiny_package, options=OPTIONS), prompt, GREEDY)[0]
+
+
+def test_prefixes_outlive_a_restart(tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = msgspec.structs.replace(OPTIONS, pinned_prompts=(PINNED,))
+    before = Engine.load(tiny_package, options=options, prefix_root=tmp_path)
+    pinned = list(tmp_path.iterdir())
+    first = run(before, LONG, GREEDY)[0]
+    before.close()
+    assert len(pinned) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(ModelRunner, "prefill", _never)
+    after = Engine.load(tiny_package, options=options, prefix_root=tmp_path)
+    monkeypatch.undo()
+    again, _, end = run(after, LONG, GREEDY)
+    assert (again, end.usage.cached_tokens) == (first, 98)
+
+
+def _never(_runner: ModelRunner, _slot: int, _tokens: list[int]) -> None:
+    raise AssertionError("the pinned prompt is computed again")
+
+
+def test_another_package_gets_nothing_of_what_is_on_disk(tiny_package: Path, tmp_path: Path) -> None:
+    first = Engine.load(tiny_package, options=OPTIONS, prefix_root=tmp_path / "prefixes")
+    run(first, LONG, GREEDY)
+    first.close()
+    other = shutil.copytree(tiny_package, tmp_path / "other")
+    changed = msgspec.structs.replace(read_manifest(other), version="9.9")
+    (other / MANIFEST_NAME).write_bytes(encode_manifest(changed))
+    engine = Engine.load(other, options=OPTIONS, prefix_root=tmp_path / "prefixes")
+    assert run(engine, LONG, GREEDY)[2].usage.cached_tokens == 0
