@@ -27,6 +27,7 @@ from lamplighter_agent.engine.pinned import pinned_tokens, warm
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.prefix_files import PrefixFiles
 from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
+from lamplighter_agent.engine.rotation import key_rotations
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.scheduler import Scheduler
 from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
@@ -90,7 +91,9 @@ class Engine:
         self.threads = threads
         self.prepared = prepared
         spec = CacheSpec.from_model(manifest.model)
-        cache = KVCache(spec, slots=plan.slots, capacity=plan.max_context_tokens)
+        cache = KVCache(
+            spec, slots=plan.slots, capacity=plan.max_context_tokens, rotations=key_rotations(manifest.model)
+        )
         self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
         source = None if self._prefix_files is None else self._prefix_files.recall
         self.prefixes = PrefixCache(spec, max_bytes=plan.prefix_cache_bytes, source=source)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lamplighter_agent.engine.rotation import KeyRotation
 from lamplighter_agent.errors import MemoryBudgetError
 from lamplighter_agent.package.manifest import CacheDtype, ModelFacts
 
@@ -65,6 +66,7 @@ class KVCache:
         spec: Shape.
         slots: Rows.
         capacity: Tokens that a slot may hold.
+        rotations: How the keys of each layer move to other positions; None if they cannot.
 
     Attributes:
         buffers: Arrays [slots, heads, capacity, head_dim]: key and value of layer 0, of 1, …
@@ -73,11 +75,15 @@ class KVCache:
         MemoryBudgetError: If the system refuses the address space.
     """
 
-    def __init__(self, spec: CacheSpec, *, slots: int, capacity: int) -> None:
+    def __init__(
+        self, spec: CacheSpec, *, slots: int, capacity: int, rotations: tuple[KeyRotation, ...] | None = None
+    ) -> None:
         self.spec = spec
         self.slots = slots
         self.capacity = capacity
+        self._rotations = rotations
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
+        self._slid_at: list[int | None] = [None] * slots
         shape = (slots, spec.heads, capacity, spec.head_dim)
         length = slots * spec.heads * capacity * spec.head_dim * spec.numpy_dtype.itemsize
         try:
@@ -103,6 +109,18 @@ class KVCache:
         """Return the ids of a slot's valid tokens."""
         return tuple(self._tokens[slot])
 
+    def prefix(self, slot: int) -> tuple[int, ...]:
+        """Return the ids of the leading tokens whose keys and values are what a prompt of them would give.
+
+        All of them, until ``evict`` has closed a gap: what follows it still knows of the tokens that went.
+        """
+        return tuple(self._tokens[slot][: self._slid_at[slot]])
+
+    @property
+    def can_evict(self) -> bool:
+        """True if ``evict`` can move the keys of this model."""
+        return self._rotations is not None
+
     @property
     def nbytes(self) -> int:
         """Bytes of the valid tokens of all slots."""
@@ -125,7 +143,30 @@ class KVCache:
         held = self._tokens[slot]
         trimmed = min(tokens, len(held))
         del held[len(held) - trimmed :]
+        slid_at = self._slid_at[slot]
+        if slid_at is not None and len(held) <= slid_at:
+            self._slid_at[slot] = None
         return trimmed
+
+    def evict(self, slot: int, keep: int, tokens: int) -> None:
+        """Forget ``tokens`` tokens behind the first ``keep``; those behind them move up, keys turned to fit.
+
+        Raises:
+            ValueError: If the slot holds fewer, or the keys of this model cannot be moved.
+        """
+        end = self.offset(slot)
+        if self._rotations is None:
+            raise ValueError("the keys of this model cannot be moved to other positions")
+        if keep + tokens > end:
+            raise ValueError(f"slot {slot} holds {end} tokens, not {keep} + {tokens}")
+        for index, buffer in enumerate(self.buffers):
+            moved = buffer[slot, :, keep + tokens : end]
+            if index % 2 == 0:
+                moved = self._rotations[index // 2].shift(moved, -tokens)
+            buffer[slot, :, keep : end - tokens] = moved
+        del self._tokens[slot][keep : keep + tokens]
+        slid_at = self._slid_at[slot]
+        self._slid_at[slot] = keep if slid_at is None else min(keep, slid_at)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Make ``target`` hold the first ``tokens`` tokens of ``source`` and nothing else.
@@ -138,6 +179,8 @@ class KVCache:
         for buffer in self.buffers:
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
         self._tokens[target] = self._tokens[source][:tokens]
+        slid_at = self._slid_at[source]
+        self._slid_at[target] = None if slid_at is None or tokens <= slid_at else slid_at
 
     def swap(self, first: int, second: int) -> None:
         """Exchange two slots' contents, so that the slots in use can stay side by side."""
@@ -151,10 +194,12 @@ class KVCache:
             buffer[second, :, :long] = buffer[first, :, :long]
             buffer[first, :, :short] = kept
         self._tokens[first], self._tokens[second] = self._tokens[second], self._tokens[first]
+        self._slid_at[first], self._slid_at[second] = self._slid_at[second], self._slid_at[first]
 
     def release(self, slot: int) -> None:
         """Empty a slot and give its memory back to the system."""
         self._tokens[slot] = []
+        self._slid_at[slot] = None
         if sys.platform != "linux":
             return
         length = self.spec.heads * self.capacity * self.spec.head_dim * self.spec.numpy_dtype.itemsize

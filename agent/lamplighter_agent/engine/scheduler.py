@@ -216,7 +216,7 @@ class Scheduler:
         if self._prefixes is None or not sequence.cache_prompt:
             return
         cache, wanted = self._runner.cache, sequence.prompt[:-2]
-        shared = [(common_prefix(cache.tokens(other), wanted), other) for other in range(slot)]
+        shared = [(common_prefix(cache.prefix(other), wanted), other) for other in range(slot)]
         length, other = max(shared, default=(0, slot))
         if length > self._prefixes.recall(wanted, beyond=length):
             cache.copy(other, slot, length)
@@ -307,7 +307,7 @@ class Scheduler:
         slot = self._slots.index(sequence)
         cache = self._runner.cache
         if keep and self._prefixes is not None and sequence.cache_prompt:
-            self._prefixes.store(cache, slot, cache.offset(slot))
+            self._prefixes.store(cache, slot, len(cache.prefix(slot)))
         cache.trim(slot, cache.capacity)
         if slot < self._decoding:
             self._decoding -= 1

@@ -7,6 +7,7 @@ bytes, which are stored and signed as they came; an unknown major version of the
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -64,6 +65,8 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
         rotary_dim: Leading features of a head that are rotated.
         interleaved: True where pairs are neighbours, False where they are ``rotary_dim / 2`` apart.
         shiftable: True if rotating a cached key by a position difference is exact, so that a cache may slide.
+        inv_freq: Radians a position of each pair of features, scaling included; None: those of ``default`` without
+            scaling, and unknown for every other type.
     """
 
     rope_type: str
@@ -71,12 +74,15 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
     rotary_dim: Positive
     interleaved: bool = False
     shiftable: bool = True
+    inv_freq: tuple[float, ...] | None = None
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The model in Hugging Face's words (see its ``config.json``).
 
     Attributes:
+        rope: How positions become angles.
+        local_rope: The same for the windowed layers, if it differs.
         sliding_window: Tokens that a windowed layer sees, or None.
         sliding_layers: Indices of the layers that use ``sliding_window``; all of them if None and a window is set.
         parameters: Number of weights, tied ones counted once.
@@ -92,6 +98,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: Positive
     max_position_embeddings: Positive
     rope: RopeScaling | None = None
+    local_rope: RopeScaling | None = None
     sliding_window: Positive | None = None
     sliding_layers: tuple[Count, ...] | None = None
     tie_word_embeddings: bool = False
@@ -360,6 +367,9 @@ def _check(manifest: Manifest) -> None:
             f"num_attention_heads {model.num_attention_heads} is no multiple of "
             f"num_key_value_heads {model.num_key_value_heads}"
         )
+    for rope in (model.rope, model.local_rope):
+        if rope is not None:
+            _check_rope(rope, model.head_dim)
     if not manifest.memory.kv_bytes_per_token:
         raise ManifestError("memory.kv_bytes_per_token is empty")
     for role in ("model", "weights", "tokenizer"):
@@ -374,6 +384,17 @@ def _check(manifest: Manifest) -> None:
     for token in manifest.generation.eos_token_ids:
         if token >= model.vocab_size:
             raise ManifestError(f"generation: eos token id {token} is outside the vocabulary of {model.vocab_size}")
+
+
+def _check_rope(rope: RopeScaling, head_dim: int) -> None:
+    if rope.rotary_dim % 2 or rope.rotary_dim > head_dim:
+        raise ManifestError(f"rope: rotary_dim {rope.rotary_dim} is not an even number up to head_dim {head_dim}")
+    if rope.inv_freq is not None and (
+        len(rope.inv_freq) != rope.rotary_dim // 2 or not all(map(math.isfinite, rope.inv_freq))
+    ):
+        raise ManifestError(
+            f"rope: inv_freq has {len(rope.inv_freq)} entries, but must have {rope.rotary_dim // 2} finite ones"
+        )
 
 
 def _check_files(files: tuple[FileEntry, ...]) -> None:

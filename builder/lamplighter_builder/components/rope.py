@@ -43,7 +43,12 @@ class Rope:
 
     def facts(self) -> RopeScaling:
         """Return the manifest's description."""
-        return RopeScaling(rope_type=self.rope_type, rope_theta=self.theta, rotary_dim=self.rotary_dim)
+        return RopeScaling(
+            rope_type=self.rope_type,
+            rope_theta=self.theta,
+            rotary_dim=self.rotary_dim,
+            inv_freq=tuple(self.frequencies().tolist()),
+        )
 
 
 @dataclass(frozen=True, slots=True)
