@@ -86,7 +86,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             f"{checkpoint.path}: the checkpoint states no licence", hint="give one: --licence SPDX-EXPRESSION"
         )
     architecture = find_architecture(checkpoint.config.text("model_type"))
-    model = architecture.model(architecture.read_config(checkpoint.config), PRECISIONS[options.precision]())
+    model = architecture.make(checkpoint.config, PRECISIONS[options.precision]())
     graph = Graph(model.config.model_type)
     model.build(graph)
     check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)

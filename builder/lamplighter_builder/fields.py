@@ -83,6 +83,30 @@ class Fields:
             raise CheckpointError(f"{self.origin}: {key} is {value!r}, but must be a token id or a list of them")
         return tuple(found)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a list of numbers as a tuple.
+
+        Raises:
+            CheckpointError: If it is missing, empty or anything else.
+        """
+        value = self.values.get(key)
+        if not isinstance(value, list) or not value or any(type(item) not in (int, float) for item in value):
+            raise CheckpointError(f"{self.origin}: {key} is {value!r}, but must be a list of numbers")
+        return tuple(float(item) for item in value)
+
+    def texts(self, key: str) -> tuple[str, ...] | None:
+        """Return a list of strings as a tuple, or None if it is missing or null.
+
+        Raises:
+            CheckpointError: If it is anything else.
+        """
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise CheckpointError(f"{self.origin}: {key} is {value!r}, but must be a list of strings")
+        return tuple(value)
+
     def _read(self, key: str, kind: type[_T], words: str, default: _T | None) -> _T:
         value = self.values.get(key, default)
         value = default if value is None else value

@@ -123,9 +123,12 @@ class Graph:
         self._inputs.append(_value_info(name, dtype, shape))
         return Value(name)
 
-    def input_with_default(self, name: str, default: Array) -> Value:
-        """Declare an overridable initializer: a graph input that need not be fed."""
-        self._inputs.append(_value_info(name, default.dtype, default.shape))
+    def input_with_default(self, name: str, default: Array, shape: Sequence[int | str] | None = None) -> Value:
+        """Declare an overridable initializer: a graph input that need not be fed.
+
+        ``shape`` is what may be fed, by default that of ``default``.
+        """
+        self._inputs.append(_value_info(name, default.dtype, default.shape if shape is None else shape))
         self._inline[name] = numpy_helper.from_array(default, name)
         return Value(name)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_builder.models.decoder import Architecture
 
-MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType({"llama": "llama"})
+MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType(
+    {name: name for name in ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")}
+)
 
 
-def find_architecture(model_type: str) -> Architecture:
+def find_architecture(model_type: str) -> Architecture[Any]:
     """Return the architecture of a ``model_type``.
 
     Raises:

@@ -48,6 +48,8 @@ class Runner:
             raise BuildError(f"{model}: onnxruntime cannot load it: {error}") from error
         self._past = [node for node in self._session.get_inputs() if node.name.startswith("past_key_values.")]
         self._outputs = [node.name for node in self._session.get_outputs()]
+        overridable = {node.name for node in self._session.get_overridable_initializers()}
+        self._has_rope_tokens = "rope_tokens" in overridable
 
     def empty_cache(self, batch_size: int = 1) -> Cache:
         """Return a cache without tokens."""
@@ -60,7 +62,13 @@ class Runner:
         )
 
     def run(
-        self, tokens: IntArray, cache: Cache, *, mask: IntArray | None = None, logits_start: int | None = None
+        self,
+        tokens: IntArray,
+        cache: Cache,
+        *,
+        mask: IntArray | None = None,
+        logits_start: int | None = None,
+        rope_tokens: int = 0,
     ) -> tuple[FloatArray, Cache]:
         """Feed tokens after those in the cache.
 
@@ -69,6 +77,7 @@ class Runner:
             cache: What came before.
             mask: int64 [B, offset + S]; all ones if None.
             logits_start: First position of ``tokens`` whose logits are wanted; the graph's default if None.
+            rope_tokens: Tokens that the rows are planned to have, for graphs with LongRoPE.
 
         Returns:
             Logits float32 [B, n, V] and the cache after the tokens.
@@ -81,19 +90,22 @@ class Runner:
         }
         if logits_start is not None:
             feeds["logits_start"] = np.array([logits_start], dtype=np.int64)
+        if self._has_rope_tokens:
+            feeds["rope_tokens"] = np.array([rope_tokens], dtype=np.int64)
         results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         arrays = {name: results[name.replace("past_key_values", "present")] for name in cache.arrays}
         return results["logits"], Cache(total, arrays)
 
     def greedy(self, prompt: list[int], count: int, eos: frozenset[int] = frozenset()) -> list[GreedyToken]:
         """Return up to ``count`` most likely tokens after ``prompt``; the last one may be an end token."""
-        logits, cache = self.run(_row(prompt), self.empty_cache(), logits_start=len(prompt) - 1)
+        planned = len(prompt) + count
+        logits, cache = self.run(_row(prompt), self.empty_cache(), logits_start=len(prompt) - 1, rope_tokens=planned)
         found: list[GreedyToken] = []
         while True:
             found.append(_choose(logits[0, -1]))
             if len(found) == count or found[-1].token in eos:
                 return found
-            logits, cache = self.run(_row([found[-1].token]), cache)
+            logits, cache = self.run(_row([found[-1].token]), cache, rope_tokens=planned)
 
 
 class GreedyToken(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -11,6 +12,9 @@ from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.precision import PrecisionName
 from lamplighter_builder.progress import SilentProgress
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + "
@@ -60,13 +64,11 @@ def tiny_tokenizer() -> Tokenizer:
 
 def write_tiny_checkpoint(directory: Path, shape: TinyShape | None = None, *, chat_template: str = CHATML) -> Path:
     """Write a random checkpoint with tokenizer, chat template and model card, and return the directory."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
     shape = shape or TinyShape()
-    tokenizer = tiny_tokenizer()
     config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=tiny_tokenizer().get_vocab_size(),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=shape.num_hidden_layers,
@@ -83,18 +85,26 @@ def write_tiny_checkpoint(directory: Path, shape: TinyShape | None = None, *, ch
         eos_token_id=2,
         pad_token_id=0,
     )
-    torch.manual_seed(shape.seed)
-    model = LlamaForCausalLM(config)
+    return save_checkpoint(directory, config, seed=shape.seed, chat_template=chat_template)
+
+
+def save_checkpoint(directory: Path, config: PretrainedConfig, *, seed: int, chat_template: str = CHATML) -> Path:
+    """Write a random model of a config with tokenizer, chat template and model card, and return the directory."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         # transformers starts biases at zero and norms at one, which would hide that they are mixed up.
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0.0, 0.3)
             elif "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
     model.save_pretrained(directory)
     fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=tiny_tokenizer(), bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
     fast.chat_template = chat_template
     fast.save_pretrained(directory)

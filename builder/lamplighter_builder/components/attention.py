@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 import onnx
 
-from lamplighter_builder.components.linear import LinearFactory, LinearSpec, bias_source, linear_source
+from lamplighter_builder.components.linear import (
+    LinearFactory,
+    LinearSpec,
+    bias_source,
+    linear_source,
+    module_spec,
+)
+from lamplighter_builder.components.norm import Norm, Stream
 from lamplighter_builder.components.rope import RopeTables
-from lamplighter_builder.graph import CONTRIB_DOMAIN, NO_VALUE, Graph, Value
+from lamplighter_builder.graph import CONTRIB_DOMAIN, NO_VALUE, Attribute, Graph, Value
 
 _INT32: Final = int(onnx.TensorProto.INT32)
 
@@ -36,9 +43,18 @@ class LayerCache(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """Sizes of an attention layer in Hugging Face's words.
+    """Sizes and options of an attention layer.
 
-    ``bias`` is that of query, key and value, ``output_bias`` that of the output projection.
+    Attributes:
+        hidden_size: In and out features.
+        num_attention_heads: Heads of the query.
+        num_key_value_heads: Heads of key and value.
+        head_dim: Features of a head.
+        bias: True if the projections of query, key and value have biases.
+        output_bias: True if the output projection has one.
+        window: Tokens that a token sees, itself counted; None for all before it.
+        scale: Factor of the scores; None for ``1 / sqrt(head_dim)``.
+        softcap: Scores are bounded to it by ``softcap * tanh(score / softcap)``; None for no bound.
     """
 
     hidden_size: int
@@ -47,6 +63,9 @@ class AttentionShape:
     head_dim: int
     bias: bool = False
     output_bias: bool = False
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
 
 
 def cache_lengths(graph: Graph, attention_mask: Value) -> CacheLengths:
@@ -72,12 +91,15 @@ class Attention:
 
     Args:
         name: Module path, for example ``model.layers.0.self_attn``.
-        shape: Sizes.
+        shape: Sizes and options.
         linear: Makes the projections.
     """
 
+    output_module: ClassVar[str] = "o_proj"
+    """Name of the output projection in the checkpoint."""
+
     def __init__(self, name: str, shape: AttentionShape, linear: LinearFactory) -> None:
-        self._name, self._shape, self._linear = name, shape, linear
+        self.name, self.shape, self.linear = name, shape, linear
 
     def __call__(
         self, graph: Graph, x: Value, lengths: CacheLengths, rope: RopeTables, past: LayerCache
@@ -87,44 +109,104 @@ class Attention:
         Returns:
             Hidden states [B, S, hidden_size] and the cache with the new tokens.
         """
-        shape = self._shape
         with graph.scope("qkv_proj"):
-            qkv = self._linear(graph, x, self._qkv_spec())
+            qkv = self.linear(graph, x, self.qkv_spec())
+        heads = self.make_heads(graph, qkv)
+        inputs = [*heads, past.key, past.value, lengths.seqlens_k, lengths.total, rope.cos, rope.sin]
+        if rope.position_ids != NO_VALUE:
+            inputs.append(rope.position_ids)
         attended, *present = graph.op(
-            "GroupQueryAttention",
-            [qkv, NO_VALUE, NO_VALUE, past.key, past.value, lengths.seqlens_k, lengths.total, rope.cos, rope.sin],
-            domain=CONTRIB_DOMAIN,
-            attributes={
-                "num_heads": shape.num_attention_heads,
-                "kv_num_heads": shape.num_key_value_heads,
-                "do_rotary": 1,
-            },
-            count=3,
+            "GroupQueryAttention", inputs, domain=CONTRIB_DOMAIN, attributes=self._attributes(), count=3
         )
         with graph.scope("o_proj"):
-            return self._linear(graph, attended, self._output_spec()), LayerCache(*present)
+            return self.linear(graph, attended, self.output_spec()), LayerCache(*present)
 
-    def _qkv_spec(self) -> LinearSpec:
-        shape = self._shape
-        heads = (shape.num_attention_heads, shape.num_key_value_heads, shape.num_key_value_heads)
-        parts = [
-            (f"{self._name}.{part}_proj", count * shape.head_dim) for part, count in zip("qkv", heads, strict=True)
-        ]
+    def make_heads(self, graph: Graph, qkv: Value) -> tuple[Value, Value, Value]:
+        """Return what attends: the packed projection alone, or query, key and value [B, S, heads * head_dim]."""
+        return qkv, NO_VALUE, NO_VALUE
+
+    def qkv_spec(self) -> LinearSpec:
+        """Return the packed projection of query, key and value."""
+        shape, widths = self.shape, self.head_widths()
+        parts = [(f"{self.name}.{part}_proj", width) for part, width in zip("qkv", widths, strict=True)]
         return LinearSpec(
-            f"{self._name}.qkv_proj",
-            tuple(linear_source(module, size, shape.hidden_size) for module, size in parts),
+            f"{self.name}.qkv_proj",
+            tuple(linear_source(module, width, shape.hidden_size) for module, width in parts),
             shape.hidden_size,
-            sum(size for _, size in parts),
-            tuple(bias_source(module, size) for module, size in parts) if shape.bias else (),
+            sum(widths),
+            tuple(bias_source(module, width) for module, width in parts) if shape.bias else (),
         )
 
-    def _output_spec(self) -> LinearSpec:
-        shape, module = self._shape, f"{self._name}.o_proj"
-        width = shape.num_attention_heads * shape.head_dim
-        return LinearSpec(
-            module,
-            (linear_source(module, shape.hidden_size, width),),
-            width,
-            shape.hidden_size,
-            (bias_source(module, shape.hidden_size),) if shape.output_bias else (),
+    def output_spec(self) -> LinearSpec:
+        """Return the output projection."""
+        shape, module = self.shape, f"{self.name}.{self.output_module}"
+        return module_spec(module, self.head_widths()[0], shape.hidden_size, bias=shape.output_bias)
+
+    def head_widths(self) -> tuple[int, int, int]:
+        """Return the features of query, key and value, all heads together."""
+        shape = self.shape
+        key_width = shape.num_key_value_heads * shape.head_dim
+        return shape.num_attention_heads * shape.head_dim, key_width, key_width
+
+    def _attributes(self) -> dict[str, Attribute]:
+        shape = self.shape
+        attributes: dict[str, Attribute] = {
+            "num_heads": shape.num_attention_heads,
+            "kv_num_heads": shape.num_key_value_heads,
+            "do_rotary": 1,
+        }
+        if shape.window is not None:
+            attributes["local_window_size"] = shape.window
+        if shape.scale is not None:
+            attributes["scale"] = shape.scale
+        if shape.softcap is not None:
+            attributes["softcap"] = shape.softcap
+        return attributes
+
+
+class FusedAttention(Attention):
+    """Attention whose checkpoint holds query, key and value as one tensor ``qkv_proj``."""
+
+    def qkv_spec(self) -> LinearSpec:
+        """Return the packed projection of query, key and value."""
+        return module_spec(
+            f"{self.name}.qkv_proj", self.shape.hidden_size, sum(self.head_widths()), bias=self.shape.bias
         )
+
+
+class NormedAttention(Attention):
+    """Attention that norms each head of query and key before the rotation.
+
+    The operator's own norm inputs are refused on the CPU, so the norms are nodes before it.
+
+    Args:
+        name: Module path.
+        shape: Sizes and options.
+        linear: Makes the projections.
+        query_norm: Norm over head_dim.
+        key_norm: Norm over head_dim.
+    """
+
+    def __init__(
+        self, name: str, shape: AttentionShape, linear: LinearFactory, query_norm: Norm, key_norm: Norm
+    ) -> None:
+        super().__init__(name, shape, linear)
+        self._query_norm, self._key_norm = query_norm, key_norm
+
+    def make_heads(self, graph: Graph, qkv: Value) -> tuple[Value, Value, Value]:
+        """Return normed query and key, and value, [B, S, heads * head_dim] each."""
+        widths = graph.constant(np.array(self.head_widths(), dtype=np.int64))
+        query, key, value = graph.op("Split", [qkv, widths], attributes={"axis": -1}, count=3)
+        with graph.scope("q_norm"):
+            query = self._norm_heads(graph, query, self._query_norm)
+        with graph.scope("k_norm"):
+            key = self._norm_heads(graph, key, self._key_norm)
+        return query, key, value
+
+    def _norm_heads(self, graph: Graph, packed: Value, norm: Norm) -> Value:
+        """Norm each head of [B, S, heads * head_dim]."""
+        split = graph.constant(np.array([0, 0, -1, self.shape.head_dim], dtype=np.int64))
+        (heads,) = graph.op("Reshape", [packed, split])
+        normed, _ = norm(graph, Stream(heads))
+        (joined,) = graph.op("Reshape", [normed, graph.constant(np.array([0, 0, -1], dtype=np.int64))])
+        return joined

@@ -69,6 +69,18 @@ def bias_source(module: str, out_features: int) -> Source:
     return Source(f"{module}.bias", (out_features,))
 
 
+def module_spec(module: str, in_features: int, out_features: int, *, bias: bool, group: str = "linear") -> LinearSpec:
+    """Return the spec of a layer that is one module of the checkpoint."""
+    return LinearSpec(
+        module,
+        (linear_source(module, out_features, in_features),),
+        in_features,
+        out_features,
+        (bias_source(module, out_features),) if bias else (),
+        group,
+    )
+
+
 class FloatLinear:
     """``MatMul`` with the weight transposed to [in_features, out_features] at build time, float32."""
 

@@ -9,20 +9,22 @@ input                                  dtype   shape
 ``attention_mask``                     int64   [batch_size, total_sequence_length]
 ``past_key_values.{i}.key|value``      float32 [batch_size, kv_heads, past, head_dim]
 ``logits_start`` (default 0)           int64   [1]
+``rope_tokens`` (default 0)            int64   [1] or [batch_size]; only with LongRoPE
 output
 ``logits``                             float32 [batch_size, logits_length, vocab_size]
 ``present.{i}.key|value``              float32 [batch_size, kv_heads, total, head_dim]
 ====================================== ======= ============================================
 
 Rows of ``attention_mask`` are ones, then zeros. With B > 1, S must be 1 if there is a past. ``logits_start`` drops the
-first positions before the head. A family overrides ``make_*`` methods in its own file.
+first positions before the head; ``rope_tokens`` is explained in ``components/positions.py``. A family overrides
+``make_*`` methods in its own file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -35,17 +37,26 @@ from lamplighter_builder.components.attention import (
     cache_lengths,
 )
 from lamplighter_builder.components.embedding import Embedding, EmbeddingFactory, EmbeddingSpec
-from lamplighter_builder.components.linear import LinearFactory, LinearSpec, linear_source
-from lamplighter_builder.components.mlp import Activation, GatedMLP
-from lamplighter_builder.components.norm import RMSNorm, Stream
-from lamplighter_builder.components.rope import Rope, RopeTables, declare_tables
+from lamplighter_builder.components.linear import LinearFactory, declare_bias, module_spec
+from lamplighter_builder.components.mlp import MLP, Activation, GatedMLP
+from lamplighter_builder.components.norm import Norm, RMSNorm, Stream
+from lamplighter_builder.components.positions import long_rope_positions
+from lamplighter_builder.components.rope import LongRope, Rope, RopeTables, declare_tables
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import Graph, Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """What every decoder of this shape has, in Hugging Face's words."""
+    """What every decoder of this shape has, in Hugging Face's words.
+
+    Attributes:
+        norm_epsilon: Of every norm.
+        sliding_window: Tokens that a windowed layer sees; None if no layer is windowed.
+        sliding_layers: Indices of the windowed layers; None for all of them.
+        attention_scale: Factor of the attention scores; None for ``1 / sqrt(head_dim)``.
+        head_bias: True if the head has a bias.
+    """
 
     model_type: str
     hidden_size: int
@@ -63,6 +74,14 @@ class DecoderConfig:
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    head_bias: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] | None = None
+    attention_scale: float | None = None
+
+    def window(self, index: int) -> int | None:
+        """Return how many tokens layer ``index`` sees; None for all."""
+        return self.sliding_window if self.sliding_layers is None or index in self.sliding_layers else None
 
     def facts(self, parameters: int) -> ModelFacts:
         """Return the manifest's description; ``parameters`` counts the weights, tied ones once."""
@@ -77,6 +96,8 @@ class DecoderConfig:
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
             rope=self.rope.facts(),
+            sliding_window=self.sliding_window,
+            sliding_layers=None if self.sliding_window is None else self.sliding_layers,
             tie_word_embeddings=self.tie_word_embeddings,
             parameters=parameters,
         )
@@ -92,16 +113,23 @@ class Parts:
 
 
 class Context(NamedTuple):
-    """What every layer shares."""
+    """What every layer is given."""
 
     lengths: CacheLengths
     rope: RopeTables
 
 
+class Layer(Protocol):
+    """A layer of a decoder."""
+
+    def __call__(self, graph: Graph, stream: Stream, context: Context, past: LayerCache) -> tuple[Stream, LayerCache]:
+        """Run the layer on a stream of [B, S, hidden_size]; return the stream and the cache after it."""
+
+
 class DecoderLayer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, input_norm: RMSNorm, attention: Attention, post_attention_norm: RMSNorm, mlp: GatedMLP) -> None:
+    def __init__(self, input_norm: Norm, attention: Attention, post_attention_norm: Norm, mlp: MLP) -> None:
         self._input_norm, self._attention = input_norm, attention
         self._post_attention_norm, self._mlp = post_attention_norm, mlp
 
@@ -120,6 +148,9 @@ class DecoderLayer:
 class CausalLM:
     """A whole decoder; subclasses replace single parts."""
 
+    final_norm: ClassVar[str] = "model.norm"
+    """Module path of the norm before the head."""
+
     def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         self.config, self.parts = config, parts
 
@@ -132,17 +163,18 @@ class CausalLM:
         logits_start = graph.input_with_default("logits_start", np.zeros(1, dtype=np.int64))
         embedding = self.make_embedding(graph)
         with graph.scope("model"):
-            rope = declare_tables(graph, config.rope, config.max_position_embeddings)
-            context = Context(cache_lengths(graph, mask), rope)
+            lengths = cache_lengths(graph, mask)
+            ropes = self.make_ropes(graph, token_ids, mask)
             with graph.scope("embed_tokens"):
-                stream = Stream(embedding.lookup(graph, token_ids))
+                stream = Stream(self.embed(graph, embedding, token_ids))
             present = []
             for index in range(config.num_hidden_layers):
+                context = Context(lengths, ropes[self.rope_of(index)])
                 with graph.scope(f"layers.{index}"):
                     stream, cache = self.make_layer(index)(graph, stream, context, past[index])
                 present.append(cache)
             with graph.scope("norm"):
-                hidden, _ = self.make_norm("model.norm")(graph, stream)
+                hidden, _ = self.make_norm(self.final_norm)(graph, stream)
         with graph.scope("lm_head"):
             logits = self.emit_head(graph, embedding, _from_row(graph, hidden, logits_start))
         graph.publish(logits, "logits", np.float32, ["batch_size", "logits_length", config.vocab_size])
@@ -154,34 +186,55 @@ class CausalLM:
         spec = EmbeddingSpec("model.embed_tokens", self.config.vocab_size, self.config.hidden_size)
         return self.parts.embedding(graph, spec)
 
-    def make_norm(self, name: str) -> RMSNorm:
+    def embed(self, graph: Graph, embedding: Embedding, token_ids: Value) -> Value:
+        """From token ids [B, S] to the first hidden states [B, S, hidden_size]."""
+        return embedding.lookup(graph, token_ids)
+
+    def make_ropes(self, graph: Graph, token_ids: Value, mask: Value) -> list[RopeTables]:
+        """Declare the rotary tables; ``rope_of`` says which of them a layer uses."""
+        rope, positions = self.config.rope, self.config.max_position_embeddings
+        tables = declare_tables(graph, rope, positions)
+        if isinstance(rope, LongRope):
+            tables = tables._replace(position_ids=long_rope_positions(graph, rope, positions, token_ids, mask))
+        return [tables]
+
+    def rope_of(self, _index: int) -> int:
+        """Return which of ``make_ropes`` layer ``index`` uses."""
+        return 0
+
+    def make_norm(self, name: str) -> Norm:
         """Return a norm over the hidden states."""
         return RMSNorm(name, self.config.hidden_size, self.config.norm_epsilon)
 
-    def make_layer(self, index: int) -> DecoderLayer:
+    def make_layer(self, index: int) -> Layer:
         """Return layer ``index``."""
         name = f"model.layers.{index}"
         return DecoderLayer(
             self.make_norm(f"{name}.input_layernorm"),
-            self.make_attention(f"{name}.self_attn"),
+            self.make_attention(f"{name}.self_attn", index),
             self.make_norm(f"{name}.post_attention_layernorm"),
             self.make_mlp(f"{name}.mlp"),
         )
 
-    def make_attention(self, name: str) -> Attention:
-        """Return a layer's attention."""
+    def make_attention(self, name: str, index: int) -> Attention:
+        """Return the attention of layer ``index``."""
+        return Attention(name, self.attention_shape(index), self.parts.linear)
+
+    def attention_shape(self, index: int) -> AttentionShape:
+        """Return sizes and options of the attention of layer ``index``."""
         config = self.config
-        shape = AttentionShape(
+        return AttentionShape(
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
             config.attention_bias,
             config.attention_output_bias,
+            config.window(index),
+            config.attention_scale,
         )
-        return Attention(name, shape, self.parts.linear)
 
-    def make_mlp(self, name: str) -> GatedMLP:
+    def make_mlp(self, name: str) -> MLP:
         """Return a layer's MLP."""
         config = self.config
         return GatedMLP(
@@ -196,11 +249,13 @@ class CausalLM:
     def emit_head(self, graph: Graph, embedding: Embedding, hidden: Value) -> Value:
         """From hidden states [B, n, hidden_size] to logits [B, n, vocab_size]."""
         config = self.config
-        if config.tie_word_embeddings:
-            return embedding.project(graph, hidden)
-        source = linear_source("lm_head", config.vocab_size, config.hidden_size)
-        spec = LinearSpec("lm_head", (source,), config.hidden_size, config.vocab_size, group="head")
-        return self.parts.head(graph, hidden, spec)
+        spec = module_spec("lm_head", config.hidden_size, config.vocab_size, bias=config.head_bias, group="head")
+        if not config.tie_word_embeddings:
+            return self.parts.head(graph, hidden, spec)
+        logits = embedding.project(graph, hidden)
+        if config.head_bias:
+            (logits,) = graph.op("Add", [logits, declare_bias(graph, spec)])
+        return logits
 
     def _past(self, graph: Graph, index: int) -> LayerCache:
         shape = self._cache_shape("past_sequence_length")
@@ -218,8 +273,11 @@ class CausalLM:
         return ["batch_size", self.config.num_key_value_heads, length, self.config.head_dim]
 
 
+ConfigT = TypeVar("ConfigT", bound=DecoderConfig)
+
+
 @dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(Generic[ConfigT]):
     """What a file in ``models/`` exports as ``ARCHITECTURE``.
 
     Attributes:
@@ -227,8 +285,17 @@ class Architecture:
         model: From config and parts to the decoder.
     """
 
-    read_config: Callable[[Fields], DecoderConfig]
-    model: Callable[[DecoderConfig, Parts], CausalLM]
+    read_config: Callable[[Fields], ConfigT]
+    model: Callable[[ConfigT, Parts], CausalLM]
+
+    def make(self, config: Fields, parts: Parts) -> CausalLM:
+        """Read a ``config.json`` and return its decoder.
+
+        Raises:
+            CheckpointError: If a field is missing or of another type.
+            UnsupportedModelError: If it asks for something that is not supported.
+        """
+        return self.model(self.read_config(config), parts)
 
 
 def _from_row(graph: Graph, hidden: Value, start: Value) -> Value:

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lamplighter_agent.errors import BuildError, CheckpointError, UnsupportedModelError, WeightMismatchError
+from lamplighter_agent.package.manifest import Manifest, read_manifest
+from lamplighter_builder.fields import Fields
+from lamplighter_builder.registry import MODEL_MODULES, find_architecture
+from support.families import FAMILIES, LONG_ROPE_SWITCH, WINDOW, write_family_checkpoint
+from support.tiny_model import build_tiny_package
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, object]]:
+    """The ``config.json`` that transformers writes for a family."""
+    root = tmp_path_factory.mktemp("configs")
+
+    def read(family: str) -> dict[str, object]:
+        if not (root / family).exists():
+            write_family_checkpoint(root / family, family)
+        config = json.loads((root / family / "config.json").read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+        return config
+
+    return read
+
+
+def read_architecture(config: dict[str, object]) -> None:
+    model_type = config["model_type"]
+    assert isinstance(model_type, str)
+    find_architecture(model_type).read_config(Fields(config, "config.json"))
+
+
+def test_every_row_of_the_registry_has_a_tiny_family() -> None:
+    assert {options["model_type"] for options in FAMILIES.values()} == set(MODEL_MODULES)
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="model_type 'mamba' is not supported") as caught:
+        find_architecture("mamba")
+    assert "gemma3_text" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "rope type 'spiral'"),
+        ({"hidden_act": "mish", "hidden_activation": "mish"}, UnsupportedModelError, "activation 'mish'"),
+        ({"intermediate_size": None}, CheckpointError, "'intermediate_size' is missing"),
+        ({"num_attention_heads": "four"}, CheckpointError, "num_attention_heads is 'four'"),
+    ],
+)
+def test_what_is_not_known_stops_the_build(
+    family: str,
+    changes: dict[str, object],
+    error: type[BuildError],
+    words: str,
+    configs: Callable[[str], dict[str, object]],
+) -> None:
+    config = configs(family)
+    if family == "gemma3_text" and "rope_parameters" in changes:
+        changes = {"rope_parameters": {"full_attention": {"rope_type": "spiral"}}}
+    with pytest.raises(error, match=words):
+        read_architecture(config | changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "layer type 'chunked_attention'"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+    ],
+)
+def test_unsupported_options_of_a_family_stop_the_build(
+    family: str, changes: dict[str, object], words: str, configs: Callable[[str], dict[str, object]]
+) -> None:
+    with pytest.raises(UnsupportedModelError, match=words):
+        read_architecture(configs(family) | changes)
+
+
+def test_factors_of_another_length_are_refused(configs: Callable[[str], dict[str, object]]) -> None:
+    config = configs("phi3-longrope")
+    rope = config["rope_parameters"]
+    assert isinstance(rope, dict)
+    with pytest.raises(CheckpointError, match="long_factor has 3 values, but must have 8"):
+        read_architecture(config | {"rope_parameters": rope | {"long_factor": [1.0, 2.0, 3.0]}})
+
+
+@pytest.mark.parametrize("early_name", ["su", "yarn"])
+def test_early_phi3_configs_are_read_like_new_ones(
+    early_name: str, configs: Callable[[str], dict[str, object]]
+) -> None:
+    config = configs("phi3-longrope")
+    rope = config.pop("rope_parameters")
+    assert isinstance(rope, dict)
+    architecture = find_architecture("phi3")
+    new = architecture.read_config(Fields({**config, "rope_parameters": rope}, "new"))
+    early = {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": early_name, **{key: rope[key] for key in ("short_factor", "long_factor")}},
+    }
+    assert architecture.read_config(Fields(config | early, "early")).rope == new.rope
+
+
+def test_early_gemma3_configs_are_read_like_new_ones(configs: Callable[[str], dict[str, object]]) -> None:
+    config = configs("gemma3_text")
+    architecture = find_architecture("gemma3_text")
+    new = architecture.read_config(Fields(config, "new"))
+    early = dict(config)
+    del early["rope_parameters"], early["layer_types"]
+    early |= {
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 3,
+    }
+    found = architecture.read_config(Fields(early, "early"))
+    assert (found.rope, found.local_rope) == (new.rope, new.local_rope)
+    assert found.sliding_layers == (0, 1, 3)
+
+
+def test_missing_and_unused_tensors_are_named(tmp_path: Path) -> None:
+    checkpoint = write_family_checkpoint(tmp_path / "qwen3", "qwen3")
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["model_type"] = "qwen2"
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(WeightMismatchError) as caught:
+        build_tiny_package(checkpoint, tmp_path / "package")
+    assert "model.layers.0.self_attn.q_proj.bias" in caught.value.missing
+    assert "model.layers.1.self_attn.k_norm.weight" in caught.value.unused
+
+
+def manifest_of(family: str, tmp_path: Path) -> Manifest:
+    checkpoint = write_family_checkpoint(tmp_path / family, family)
+    return read_manifest(build_tiny_package(checkpoint, tmp_path / "package"))
+
+
+def test_manifest_describes_windows_of_alternating_layers(tmp_path: Path) -> None:
+    model = manifest_of("gemma2", tmp_path).model
+    assert (model.sliding_window, model.sliding_layers) == (WINDOW, (0, 2))
+
+
+def test_manifest_describes_the_switch_of_long_rope(tmp_path: Path) -> None:
+    rope = manifest_of("phi3-partial-longrope", tmp_path).model.rope
+    assert rope is not None
+    assert (rope.rope_type, rope.rotary_dim, rope.shiftable) == ("longrope", 16, False)
+    assert rope.original_max_position_embeddings == LONG_ROPE_SWITCH
+
+
+def test_keys_of_two_ropes_cannot_be_shifted(tmp_path: Path) -> None:
+    rope = manifest_of("gemma3_text", tmp_path).model.rope
+    assert rope is not None
+    assert not rope.shiftable
