@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.prefix_cache import PrefixCache
+from lamplighter_agent.engine.rotation import KeyRotation
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError
 from lamplighter_agent.package.manifest import GenerationDefaults
@@ -74,8 +75,12 @@ class ChecksumRunner:
         fail_decode: If True, every decode step fails.
     """
 
-    def __init__(self, plan: MemoryPlan) -> None:
-        self.cache = KVCache(CacheSpec(1, 2, 2), slots=plan.slots, capacity=plan.max_context_tokens)
+    def __init__(self, plan: MemoryPlan, *, moves_keys: bool = True) -> None:
+        # A rotation by no angle: what is in the cache stays readable.
+        rotations = (KeyRotation(np.zeros(1)),) if moves_keys else None
+        self.cache = KVCache(
+            CacheSpec(1, 2, 2), slots=plan.slots, capacity=plan.max_context_tokens, rotations=rotations
+        )
         self.prefixes = PrefixCache(self.cache.spec, max_bytes=plan.prefix_cache_bytes)
         self.prefills: list[int] = []
         self.batches: list[int] = []

@@ -69,6 +69,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         logprobs: Report the log-probability of each token and of this many alternatives, 0 to 20; None reports none.
         cache_prompt: Use the prefix cache: take over what is computed of the prompt, and keep the tokens for later.
             Without it the text does not depend, by the last bits of a float, on what was asked before.
+        on_context_full: What to do when a slot's context is full: ``stop`` ends with ``length``; ``slide`` forgets the
+            oldest tokens behind ``keep_tokens`` and goes on, also beyond the context.
+        keep_tokens: Leading tokens that ``slide`` never forgets, at most half the context; None: the prompt's, up to a
+            quarter of the context.
         echo: Begin the answer with the prompt's text, and with ``logprobs`` report those of its tokens.
         guided_json: The text is JSON that a JSON Schema, as an object or as text, describes.
         guided_regex: The text matches this regular expression.
@@ -107,6 +111,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     early_stopping: EarlyStopping | None = None
     logprobs: int | None = None
     cache_prompt: bool = True
+    on_context_full: Literal["stop", "slide"] = "stop"
+    keep_tokens: int | None = None
     echo: bool = False
     guided_json: dict[str, object] | str | None = None
     guided_regex: str | None = None
@@ -133,6 +139,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             raise RequestError(
                 f"min_tokens {self.min_tokens} is larger than max_tokens {self.max_tokens}", param="min_tokens"
             )
+        if self.keep_tokens is not None and self.on_context_full != "slide":
+            raise RequestError("keep_tokens needs on_context_full 'slide'", param="keep_tokens")
+        if self.on_context_full == "slide" and self.num_beams > 1:
+            raise RequestError("beam search cannot slide: on_context_full must be 'stop'", param="on_context_full")
         if self.temperature == 0.0 and self.xtc_probability > 0.0:
             raise RequestError(
                 "xtc_probability drops the top choices, but temperature 0 takes the top choice",
@@ -196,6 +206,7 @@ def _check_ranges(params: GenerationParams) -> None:
     _check_count("num_beams", params.num_beams, 1, MAX_CHOICES)
     _check_range("length_penalty", params.length_penalty, -10.0, 10.0)
     _check_count("logprobs", params.logprobs, 0, MAX_LOGPROBS)
+    _check_count("keep_tokens", params.keep_tokens, 0)
     if params.deadline_s is not None and not math.isfinite(params.deadline_s):
         raise RequestError(f"deadline_s is {params.deadline_s}, but must be finite", param="deadline_s")
 

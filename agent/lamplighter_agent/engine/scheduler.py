@@ -20,6 +20,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
+import msgspec
+
 from lamplighter_agent.engine.detokenizer import TextCodec
 from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.history import History
@@ -36,6 +38,13 @@ from lamplighter_agent.package.manifest import GenerationDefaults
 
 _EXTENSION_TOKENS: Final = 256
 _RETRY_AFTER_S: Final = 2.0
+_ENDLESS_TOKENS: Final = 2**31 - 1
+
+_MOVED_SHARE: Final = 4
+"""Part of the tokens that sliding forgets at once: moving the others is cheap …"""
+
+_COMPUTED_SHARE: Final = 2
+"""… and computing them again is not."""
 
 
 class Runner(Protocol):
@@ -127,6 +136,9 @@ class Scheduler:
             )
         room = self._plan.max_context_tokens - len(prompt_tokens)
         params = params.with_defaults(self._defaults)
+        if params.on_context_full == "slide":
+            room = _ENDLESS_TOKENS
+            params = msgspec.structs.replace(params, keep_tokens=self._keep_tokens(prompt_tokens, params))
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         self._waiting.append(
             Sequence(
@@ -187,6 +199,17 @@ class Scheduler:
                 f"the prompt holds a token id outside the vocabulary of {self._vocab_size}", param="prompt"
             )
 
+    def _keep_tokens(self, prompt_tokens: list[int], params: GenerationParams) -> int:
+        context = self._plan.max_context_tokens
+        if params.keep_tokens is None:
+            return min(len(prompt_tokens), context // 4)
+        if params.keep_tokens > context // 2:
+            raise RequestError(
+                f"keep_tokens is {params.keep_tokens}, but may be at most {context // 2}, half the context",
+                param="keep_tokens",
+            )
+        return params.keep_tokens
+
     def _find(self, request_id: str) -> Sequence | None:
         for sequence in (*self._slots, *self._waiting):
             if sequence.request_id == request_id:
@@ -198,7 +221,7 @@ class Scheduler:
         while self._waiting and len(self._slots) < self._plan.slots:
             sequence = self._waiting[0]
             ahead = min(sequence.limit, _EXTENSION_TOKENS) if sequence.open_ended else sequence.limit
-            wanted = len(sequence.prompt) + ahead
+            wanted = min(len(sequence.prompt) + ahead, self._plan.max_context_tokens)
             if self._reserved + wanted > self._plan.kv_tokens:
                 return
             self._waiting.popleft()
@@ -229,7 +252,7 @@ class Scheduler:
         if self._oldest_turn:
             sequence = min(candidates, key=lambda other: other.started_s)
         else:
-            sequence = min(candidates, key=lambda other: len(other.prompt) - other.prefilled)
+            sequence = min(candidates, key=lambda other: other.remaining)
         self._oldest_turn = not self._oldest_turn
         slot = self._slots.index(sequence)
         tokens = sequence.remaining_prompt(self._plan.prefill_chunk_tokens)
@@ -247,7 +270,7 @@ class Scheduler:
     def _decode_step(self, events: list[Event]) -> None:
         now = self._clock()
         for sequence in self._slots[: self._decoding]:
-            if not self._extend(sequence):
+            if not self._extend(sequence) and not self._slide(sequence):
                 self._close(sequence, "length", events, now=now)
         batch = self._slots[: self._decoding]
         if not batch:
@@ -275,15 +298,34 @@ class Scheduler:
 
     def _extend(self, sequence: Sequence) -> bool:
         """Make sure that the next token's place is reserved; False if the plan has no room left."""
-        needed = len(sequence.prompt) + sequence.generated
+        needed = self._runner.cache.offset(self._slots.index(sequence)) + 1
         if needed <= sequence.reserved:
             return True
-        most = len(sequence.prompt) + sequence.limit
+        most = min(len(sequence.prompt) + sequence.limit, self._plan.max_context_tokens)
         more = min(_EXTENSION_TOKENS, most - sequence.reserved, self._plan.kv_tokens - self._reserved)
         if more <= 0:
             return False
         sequence.reserved += more
         self._reserved += more
+        return True
+
+    def _slide(self, sequence: Sequence) -> bool:
+        """Forget tokens behind the kept ones to make room for more; False if the request does not want that.
+
+        Where the keys of the model cannot be moved, what is left is computed again as a prompt is, chunk by chunk.
+        """
+        if not sequence.slides:
+            return False
+        cache, slot = self._runner.cache, self._slots.index(sequence)
+        tokens, keep = cache.tokens(slot), min(sequence.keep, cache.offset(slot) // 2)
+        if cache.can_evict:
+            cache.evict(slot, keep, max((len(tokens) - keep) // _MOVED_SHARE, 1))
+            return True
+        recent = tokens[keep + max((len(tokens) - keep) // _COMPUTED_SHARE, 1) :]
+        cache.trim(slot, len(tokens) - keep)
+        sequence.compute_again([*tokens[:keep], *recent, sequence.last_token], keep)
+        self._decoding -= 1
+        self._exchange(slot, self._decoding)
         return True
 
     def _close(

@@ -35,6 +35,8 @@ class Sequence:
         cached: Those of them that were there before and not computed.
         generated: Tokens drawn so far.
         reserved: Cache tokens set aside for it.
+        slides: True if it goes on when its cache tokens are used up.
+        keep: Leading tokens that are then kept.
         started_s: Monotonic time at which it got a slot.
     """
 
@@ -51,9 +53,12 @@ class Sequence:
     ) -> None:
         self.request_id = request_id
         self.prompt = prompt
+        self._input = prompt
         self.limit = limit
         self.deadline_s = params.deadline_s
         self.cache_prompt = params.cache_prompt
+        self.slides = params.on_context_full == "slide"
+        self.keep = params.keep_tokens or 0
         self.open_ended = params.max_tokens is None
         self.prefilled = 0
         self.cached = 0
@@ -82,13 +87,23 @@ class Sequence:
 
     def remaining_prompt(self, most: int) -> list[int]:
         """Return the next prompt tokens to compute, at most ``most``."""
-        length = chunk_length(len(self.prompt) - self.prefilled, most)
-        return self.prompt[self.prefilled : self.prefilled + length]
+        length = chunk_length(len(self._input) - self.prefilled, most)
+        return self._input[self.prefilled : self.prefilled + length]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that are to be computed before the next one can be drawn."""
+        return len(self._input) - self.prefilled
+
+    def compute_again(self, tokens: list[int], done: int) -> None:
+        """Go back to prefill: ``tokens`` are to be in the cache, and the first ``done`` of them are."""
+        self._input = tokens
+        self.prefilled = done
 
     @property
     def in_prefill(self) -> bool:
-        """True until the whole prompt is computed."""
-        return self.prefilled < len(self.prompt)
+        """True until everything that it was given is computed."""
+        return self.prefilled < len(self._input)
 
     def take(self, logits: Logits, now: float) -> tuple[TextDelta | None, FinishReason | None]:
         """Draw the next token.
@@ -136,12 +151,13 @@ class Sequence:
         started = self.started_s if self._started else now
         first = now if self._first_token_s is None else self._first_token_s
         prefill_s = first - started
+        computed = (self.prefilled if self._first_token_s is None else len(self.prompt)) - self.cached
         decode_s = max(self._last_token_s - first, 0.0)
         return Timings(
             queue_s=started - self._submitted_s,
             prefill_s=prefill_s,
             first_token_s=first - self._submitted_s,
             decode_s=decode_s,
-            prompt_tokens_per_s=(self.prefilled - self.cached) / prefill_s if prefill_s > 0 else 0.0,
+            prompt_tokens_per_s=computed / prefill_s if prefill_s > 0 else 0.0,
             generated_tokens_per_s=(self.generated - 1) / decode_s if decode_s > 0 else 0.0,
         )

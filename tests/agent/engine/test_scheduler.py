@@ -20,10 +20,10 @@ SEEDED = GenerationParams(max_tokens=6, temperature=1.0, seed=5)
 class World:
     """A scheduler on a checksum runner, with a clock that the test moves and all events in one list."""
 
-    def __init__(self, plan: MemoryPlan | None = None, *, max_queued: int = 64) -> None:
+    def __init__(self, plan: MemoryPlan | None = None, *, max_queued: int = 64, moves_keys: bool = True) -> None:
         plan = memory_plan() if plan is None else plan
         self.now = 100.0
-        self.runner = ChecksumRunner(plan)
+        self.runner = ChecksumRunner(plan, moves_keys=moves_keys)
         self.scheduler = Scheduler(
             self.runner,
             TOKENIZER,
@@ -298,6 +298,70 @@ def test_generation_ends_where_the_context_does() -> None:
     for request_id in ("a", "b"):
         end = world.finished(request_id)
         assert (end.finish_reason, end.usage.generated_tokens) == ("length", 6)
+
+
+def slid(prompt: list[int], count: int, *, bound: int, keep: int, share: int) -> list[int]:
+    """Return the greedy tokens of a model that forgets a part behind ``keep`` whenever it holds ``bound`` tokens."""
+    world = World(memory_plan(slots=1, context=bound + 2))
+    held, found = list(prompt), list[int]()
+    for _ in range(count):
+        world.events.clear()
+        world.submit("next", held, GenerationParams(max_tokens=1, temperature=0.0, cache_prompt=False))
+        world.drain()
+        found += world.tokens("next")
+        if len(held) == bound:
+            del held[keep : keep + (bound - keep) // share]
+        held.append(found[-1])
+    return found
+
+
+@pytest.mark.parametrize(("moves_keys", "share"), [(True, 4), (False, 2)], ids=["moved", "computed again"])
+@pytest.mark.parametrize("keep", [0, 5])
+def test_sliding_goes_on_with_the_first_and_the_recent_tokens(moves_keys: bool, share: int, keep: int) -> None:
+    prompt = list(range(1, 13))
+    world = World(memory_plan(context=24, chunk=4), moves_keys=moves_keys)
+    params = GenerationParams(max_tokens=60, temperature=0.0, on_context_full="slide", keep_tokens=keep)
+    world.submit("a", prompt, params)
+    world.submit("other", [7, 7])
+    while not world.scheduler.idle:
+        world.step()
+        assert world.runner.cache.offset(0) <= 24
+    assert world.tokens("a") == slid(prompt, 60, bound=24, keep=keep, share=share)
+    assert world.finished("a").usage.generated_tokens == 60
+    assert world.tokens("other") == alone([7, 7], GREEDY)[0]
+    # Only what lies before the first gap, or was computed anew, may serve other requests.
+    world.submit("after", [*prompt, 200])
+    world.drain()
+    assert world.tokens("after") == alone([*prompt, 200], GREEDY)[0]
+
+
+def test_sliding_starts_where_others_hold_the_rest_of_the_plan() -> None:
+    world = World(memory_plan(slots=2, context=600, kv_tokens=620))
+    world.submit("fixed", [2], GenerationParams(max_tokens=350, temperature=0.0))
+    world.submit("open", [1], GenerationParams(temperature=0.0, on_context_full="slide", deadline_s=101.0))
+    for _ in range(340):
+        world.step()
+        assert world.runner.cache.nbytes <= 620 * world.runner.cache.spec.bytes_per_token
+    assert len(world.tokens("open")) > 620 - 351
+    world.now = 101.0
+    world.drain()
+    assert world.finished("open").finish_reason == "deadline"
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (GenerationParams(keep_tokens=3), "keep_tokens needs on_context_full 'slide'"),
+        (GenerationParams(on_context_full="slide", keep_tokens=33), "keep_tokens is 33, but may be at most 32"),
+        (GenerationParams(on_context_full="slide", keep_tokens=-1), "keep_tokens is -1"),
+        (GenerationParams(on_context_full="slide", num_beams=2), "beam search cannot slide"),
+    ],
+)
+def test_sliding_that_makes_no_sense_is_refused(params: GenerationParams, message: str) -> None:
+    world = World()
+    with pytest.raises(RequestError, match=message):
+        world.submit("a", [1], params)
+    assert world.scheduler.idle
 
 
 def test_no_more_requests_run_than_the_cache_can_hold() -> None:
