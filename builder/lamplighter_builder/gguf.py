@@ -23,7 +23,8 @@ from lamplighter_builder.gguf_architectures import EXPERT, GGUF_ARCHITECTURES, G
 from lamplighter_builder.gguf_blocks import EXACT_KINDS, exact_matrix
 from lamplighter_builder.gguf_file import GgufFile, GgufTensor, read_gguf
 from lamplighter_builder.gguf_rope import FACTOR_TENSORS
-from lamplighter_builder.gguf_tokenizer import GgufVocabulary, tokenizer_json
+from lamplighter_builder.gguf_tokenizer import tokenizer_json
+from lamplighter_builder.gguf_vocabulary import GgufVocabulary
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.quantization.blockwise import CodeArray, QuantizedMatrix
 
@@ -75,12 +76,12 @@ class GgufCheckpoint(Checkpoint):
         self.config = Fields(architecture.config(GgufFacts(name, self._metadata, shapes, factors)), str(path))
         self._stored = dict(_hugging_face(tensors, architecture, self.config))
         self._vocabulary = GgufVocabulary.from_metadata(self._metadata)
-        eos = [self._metadata.token_ids(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
         self.generation_config = Fields(
             {
-                "eos_token_id": list(dict.fromkeys(token for tokens in eos for token in tokens)),
-                "bos_token_id": self._metadata.values.get("tokenizer.ggml.bos_token_id"),
-                "pad_token_id": self._metadata.values.get("tokenizer.ggml.padding_token_id"),
+                "eos_token_id": list(self._vocabulary.end_ids),
+                "bos_token_id": self._vocabulary.special_ids.get("bos_token"),
+                "pad_token_id": self._vocabulary.special_ids.get("pad_token"),
+                **_sampling(self._metadata),
             },
             str(path),
         )
@@ -147,6 +148,13 @@ class GgufCheckpoint(Checkpoint):
             return _dequantize(_raw(tensor), tensor)
         except NotImplementedError as error:
             raise CheckpointError(f"{tensor.path}: a tensor is stored as {tensor.kind.name}: {error}") from error
+
+
+def _sampling(metadata: Fields) -> dict[str, object]:
+    """Return the sampling defaults of ``general.sampling``, in the words of a ``generation_config.json``."""
+    keys = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "penalty_repeat": "repetition_penalty"}
+    found = {name: metadata.values.get(f"general.sampling.{key}") for key, name in keys.items()}
+    return found | {"do_sample": metadata.number("general.sampling.temp", default=0.0) > 0}
 
 
 def _open_all(path: Path) -> list[GgufFile]:
