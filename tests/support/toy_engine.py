@@ -95,6 +95,9 @@ class ChecksumRunner:
             self._append(slot, token)
         return self._logits(slot)
 
+    def prefill_rows(self, slot: int, tokens: list[int]) -> NDArray[np.float32]:
+        return np.stack([self.prefill(slot, [token]) for token in tokens])
+
     def decode(self, tokens: list[int]) -> NDArray[np.float32]:
         if self.fail_decode:
             raise EngineError("the checksum runner fails")

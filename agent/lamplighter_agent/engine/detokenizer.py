@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 _REPLACEMENT: Final = "\ufffd"
@@ -42,12 +43,16 @@ class StreamingDetokenizer:
     - a final U+FFFD may be the first bytes of a character (never more than one such mark is open);
     - byte-fallback decoders read a run of byte tokens as a whole, all characters or all U+FFFD, so a run waits for its
       end.
+
+    Args:
+        decoder: The tokenizer.
+        context: Tokens that come before the text and are not part of it.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, *, context: Sequence[int] = ()) -> None:
         self._decoder = decoder
-        self._context: list[int] = []
-        self._context_characters = 0
+        self._context = [token_id for token_id in context if token_id not in decoder.special_ids]
+        self._context_characters = len(decoder.decode(self._context)) if self._context else 0
         self._window: list[int] = []
         self._emitted = 0
 

@@ -58,22 +58,62 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, tag=True):
-    """New tokens of a request and the text that became certain with them (often, not always, theirs)."""
+    """New tokens of a request and the text that became certain with them (often, not always, theirs).
+
+    Attributes:
+        request_id: The request.
+        text: New text of the answer.
+        token_ids: The new tokens.
+        logprobs: Of each token, if the request asked for them.
+        index: Which of the request's answers goes on.
+        echo: True where this is the prompt, which ``echo`` asks for; without a report of the first token, which
+            nothing comes before.
+    """
 
     request_id: str
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None = None
+    index: int = 0
+    echo: bool = False
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """The end of one of several answers.
+
+    Attributes:
+        index: Which one.
+        finish_reason: Why it ended.
+        text_tail: Text that was held back until now.
+        generated_tokens: Tokens drawn for it.
+        score: Of a beam: sum of log-probabilities by length to the power of the length penalty.
+    """
+
+    index: int
+    finish_reason: FinishReason
+    text_tail: str
+    generated_tokens: int
+    score: float | None = None
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The end of a request; ``text_tail`` is text that was held back until now."""
+    """The end of a request.
+
+    Attributes:
+        request_id: The request.
+        finish_reason: Why its first answer ended.
+        text_tail: Text of the first answer that was held back until now.
+        usage: Tokens of all answers together.
+        timings: Up to the end of the last answer.
+        choices: The ends of all answers, where the request asked for several or for beams.
+    """
 
     request_id: str
     finish_reason: FinishReason
     text_tail: str
     usage: Usage
     timings: Timings
+    choices: tuple[Choice, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -46,16 +46,30 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     """A step of ``Engine.generate``.
 
     Attributes:
-        token_id: The token, None in the last item.
-        text: Text that became certain, perhaps empty: it joins to the whole text.
-        logprob: The token's log-probability, if the request asked for it.
+        text: Text that became certain, perhaps empty: the texts of one ``index`` join to its whole text.
+        token_ids: The new tokens: one, or with ``echo`` those of the prompt, or with ``num_beams`` those of a beam.
+        logprobs: Of each token, if the request asked for them.
+        index: Which of the request's answers goes on.
+        echo: True where this is the prompt.
         finished: How it ended, in the last item only.
     """
 
-    token_id: int | None
     text: str
-    logprob: TokenLogprob | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    index: int = 0
+    echo: bool = False
     finished: Finished | None = None
+
+    @property
+    def token_id(self) -> int | None:
+        """The one new token; None in the last item."""
+        return self.token_ids[0] if self.token_ids else None
+
+    @property
+    def logprob(self) -> TokenLogprob | None:
+        """Its log-probability, if the request asked for it."""
+        return self.logprobs[0] if self.logprobs else None
 
 
 class Engine:
@@ -233,7 +247,10 @@ class Engine:
                 if isinstance(event, Failed):
                     raise EngineError(event.message)
                 if isinstance(event, Finished):
-                    yield Token(token_id=None, text=event.text_tail, finished=event)
+                    for choice in event.choices[1:]:
+                        if choice.text_tail:
+                            yield Token(text=choice.text_tail, index=choice.index)
+                    yield Token(text=event.text_tail, finished=event)
                     return
                 yield _token(event)
         finally:
@@ -248,8 +265,9 @@ class Engine:
 
 
 def _token(event: TextDelta) -> Token:
-    logprob = None if event.logprobs is None else event.logprobs[0]
-    return Token(token_id=event.token_ids[0], text=event.text, logprob=logprob)
+    return Token(
+        text=event.text, token_ids=event.token_ids, logprobs=event.logprobs or (), index=event.index, echo=event.echo
+    )
 
 
 def _check_target(manifest: Manifest) -> None:

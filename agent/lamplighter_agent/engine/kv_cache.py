@@ -168,8 +168,14 @@ class KVCache:
         slid_at = self._slid_at[slot]
         self._slid_at[slot] = keep if slid_at is None else min(keep, slid_at)
 
-    def copy(self, source: int, target: int, tokens: int) -> None:
+    def copy(self, source: int, target: int, tokens: int, *, start: int = 0) -> None:
         """Make ``target`` hold the first ``tokens`` tokens of ``source`` and nothing else.
+
+        Args:
+            source: Slot to copy from.
+            target: Slot to copy to.
+            tokens: Tokens to hold.
+            start: Leading tokens that both hold already, of the same computation, and that need no copy.
 
         Raises:
             ValueError: If ``source`` holds fewer.
@@ -177,7 +183,7 @@ class KVCache:
         if tokens > self.offset(source):
             raise ValueError(f"slot {source} holds {self.offset(source)} tokens, not {tokens}")
         for buffer in self.buffers:
-            buffer[target, :, :tokens] = buffer[source, :, :tokens]
+            buffer[target, :, start:tokens] = buffer[source, :, start:tokens]
         self._tokens[target] = self._tokens[source][:tokens]
         slid_at = self._slid_at[source]
         self._slid_at[target] = None if slid_at is None or tokens <= slid_at else slid_at

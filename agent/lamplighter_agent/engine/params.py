@@ -292,6 +292,7 @@ def _check_beams(params: GenerationParams) -> None:
         "forced_words": bool(params.forced_words),
         "forced_prefix": bool(params.forced_prefix),
         "logprobs": params.logprobs is not None,
+        "echo": params.echo,
         "guided_json": params.guided_json is not None,
         "guided_regex": params.guided_regex is not None,
         "guided_grammar": params.guided_grammar is not None,

@@ -52,12 +52,25 @@ class ModelRunner:
         Raises:
             EngineError: If the runtime fails; the slot's offset is unchanged.
         """
+        row: FloatArray = self._prefill(slot, tokens, len(tokens) - 1)[-1]
+        return row
+
+    def prefill_rows(self, slot: int, tokens: list[int]) -> FloatArray:
+        """Append tokens to a slot, as ``prefill``, and return the logits behind each: float32 [tokens, logits width].
+
+        Raises:
+            EngineError: If the runtime fails; the slot's offset is unchanged.
+        """
+        return self._prefill(slot, tokens, 0)
+
+    def _prefill(self, slot: int, tokens: list[int], start: int) -> FloatArray:
+        """Append tokens and return at least the logits behind those from ``start`` on."""
         count, past = len(tokens), self.cache.offset(slot)
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             rows = tuple(buffer[slot : slot + 1] for buffer in self.cache.buffers)
             binding = self._prefill_bindings[slot] = self._session.bind(rows)
-        start = count - 1 if self._session.io.has_logits_start else 0
+        start = start if self._session.io.has_logits_start else 0
         logits: FloatArray = np.empty((1, count - start, self._width), dtype=np.float32)
         binding.set_inputs(
             np.array([tokens], dtype=np.int64),
@@ -67,8 +80,8 @@ class ModelRunner:
         binding.set_logits(logits, start=start)
         binding.run()
         self.cache.advance(slot, tokens)
-        row: FloatArray = logits[0, -1]
-        return row
+        found: FloatArray = logits[0]
+        return found
 
     def decode(self, tokens: list[int]) -> FloatArray:
         """Append one token to each of the slots 0 to len(tokens) - 1.

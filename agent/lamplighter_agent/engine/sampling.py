@@ -83,6 +83,7 @@ class Sampler:
         stop_ids: As given.
         history: As given.
         params: As given last.
+        processors: The rules that the options ask for.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class Sampler:
     def set_params(self, params: GenerationParams) -> None:
         """Take other options from the next token on; the options that are texts stay as they were."""
         self.params = params
-        self._processors = make_processors(
+        self.processors = make_processors(
             params, stop_ids=self.stop_ids, banned=self._words.banned, is_breaker=self._words.is_breaker
         )
 
@@ -162,12 +163,12 @@ class Sampler:
         Raises:
             EngineError: If the scorer gave NaN or another shape, or the rules leave no token.
         """
-        if not self._processors and self._scorer is None and self._constraint is None:
+        if not self.processors and self._scorer is None and self._constraint is None:
             return raw
         logits = raw.copy()
         if self._scorer is not None:
             logits = self._score(logits)
-        for processor in self._processors:
+        for processor in self.processors:
             processor(logits, self.history)
         if self._constraint is not None:
             self._constraint.mask(logits)

@@ -14,37 +14,34 @@ Every request reserves cache tokens from the plan's ``kv_tokens``: for prompt an
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
-import msgspec
-
 from lamplighter_agent.engine.detokenizer import TextCodec
 from lamplighter_agent.engine.events import Event, Failed, FinishReason
-from lamplighter_agent.engine.history import History
+from lamplighter_agent.engine.intake import EXTENSION_TOKENS, Intake
 from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
-from lamplighter_agent.engine.sampling import Sampler
-from lamplighter_agent.engine.sequence import Sequence
+from lamplighter_agent.engine.sampling import Scorer
+from lamplighter_agent.engine.sequence import BeamSequence, Sequence
 from lamplighter_agent.engine.truncation import Logits
-from lamplighter_agent.engine.words import resolve_words
-from lamplighter_agent.errors import ContextOverflowError, EngineError, RequestError
+from lamplighter_agent.errors import EngineError, RequestError
 from lamplighter_agent.package.manifest import GenerationDefaults
 
-_EXTENSION_TOKENS: Final = 256
 _RETRY_AFTER_S: Final = 2.0
-_ENDLESS_TOKENS: Final = 2**31 - 1
 
 _MOVED_SHARE: Final = 4
 """Part of the tokens that sliding forgets at once: moving the others is cheap …"""
 
 _COMPUTED_SHARE: Final = 2
 """… and computing them again is not."""
+
+_ECHO_CHUNK_TOKENS: Final = 8
+"""Prompt tokens computed at once where the logits behind each are wanted: rows of a vocabulary's width are large."""
 
 
 class Runner(Protocol):
@@ -56,6 +53,9 @@ class Runner(Protocol):
 
     def prefill(self, slot: int, tokens: list[int]) -> Logits:
         """Append tokens to a slot and return the logits behind the last one."""
+
+    def prefill_rows(self, slot: int, tokens: list[int]) -> Logits:
+        """Append tokens to a slot and return the logits behind each."""
 
     def decode(self, tokens: list[int]) -> Logits:
         """Append a token to each of the first slots and return a row of logits for each."""
@@ -73,6 +73,9 @@ class Scheduler:
         max_queued_requests: Requests that may wait for a slot.
         prefixes: Where the tokens of ended requests are kept for later ones; None: nowhere.
         clock: Monotonic seconds; deadlines are on this clock.
+
+    Attributes:
+        intake: Checks requests.
     """
 
     def __init__(
@@ -88,8 +91,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
-        self._codec = codec
-        self._defaults = defaults
+        self.intake = Intake(codec, defaults=defaults, plan=plan, vocab_size=vocab_size)
         self._plan = plan
         self._vocab_size = vocab_size
         self._max_queued = max_queued_requests
@@ -109,7 +111,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Requests that have a slot."""
+        """Slots in use."""
         return len(self._slots)
 
     @property
@@ -117,45 +119,27 @@ class Scheduler:
         """Requests that wait for a slot."""
         return len(self._waiting)
 
-    def submit(self, request_id: str, prompt_tokens: list[int], params: GenerationParams) -> None:
+    def submit(
+        self, request_id: str, prompt_tokens: list[int], params: GenerationParams, *, scorer: Scorer | None = None
+    ) -> None:
         """Accept a request; its events come from ``step``.
 
         Raises:
             RequestError: If an option or a token is out of range, the id is in use (409), or the queue is full (429).
             ContextOverflowError: If the prompt leaves no room for a token.
         """
-        params.validate()
-        params.check_vocabulary(self._vocab_size)
-        _check_supported(params)
-        self._check_prompt(prompt_tokens)
+        sequence = self.intake.sequence(request_id, prompt_tokens, params, now=self._clock(), scorer=scorer)
         if self._find(request_id) is not None:
             raise RequestError(f"request {request_id!r} is already being served", code=409, param="id")
         if len(self._waiting) >= self._max_queued:
             raise RequestError(
                 f"{len(self._waiting)} requests are already waiting", code=429, retry_after_s=_RETRY_AFTER_S
             )
-        room = self._plan.max_context_tokens - len(prompt_tokens)
-        params = params.with_defaults(self._defaults)
-        if params.on_context_full == "slide":
-            room = _ENDLESS_TOKENS
-            params = msgspec.structs.replace(params, keep_tokens=self._keep_tokens(prompt_tokens, params))
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        self._waiting.append(
-            Sequence(
-                request_id,
-                list(prompt_tokens),
-                params,
-                sampler=self._sampler(prompt_tokens, params, limit),
-                limit=limit,
-                decoder=self._codec,
-                submitted_s=self._clock(),
-            )
-        )
+        self._waiting.append(sequence)
 
     def cancel(self, request_id: str) -> None:
         """End a request now; its slot is free at once and ``step`` reports it. Unknown ids have ended before."""
-        sequence = self._find(request_id)
-        if sequence is not None:
+        while (sequence := self._find(request_id)) is not None:
             self._close(sequence, "cancelled", self._closing)
 
     def step(self) -> list[Event]:
@@ -163,7 +147,8 @@ class Scheduler:
         events, self._closing = self._closing, []
         now = self._clock()
         for sequence in [*self._slots, *self._waiting]:
-            if sequence.deadline_s is not None and now >= sequence.deadline_s:
+            deadline_s = sequence.request.params.deadline_s
+            if deadline_s is not None and now >= deadline_s and self._holds(sequence):
                 self._close(sequence, "deadline", events)
         self._admit(now)
         if self._decoding < len(self._slots):
@@ -172,62 +157,29 @@ class Scheduler:
             self._decode_step(events)
         return events
 
-    def _sampler(self, prompt_tokens: list[int], params: GenerationParams, limit: int) -> Sampler:
-        eos = () if params.ignore_eos else self._defaults.eos_token_ids
-        return Sampler(
-            params,
-            History(prompt_tokens),
-            stop_ids=frozenset((*eos, *params.stop_token_ids)),
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            vocab_size=self._vocab_size,
-            words=resolve_words(params, self._codec, limit=limit),
-        )
-
-    def _check_prompt(self, tokens: list[int]) -> None:
-        if not tokens:
-            raise RequestError("the prompt is empty", param="prompt")
-        if len(tokens) >= self._plan.max_context_tokens:
-            raise ContextOverflowError(
-                f"the prompt has {len(tokens)} tokens, but the context on this machine is "
-                f"{self._plan.max_context_tokens} tokens for prompt and text",
-                code=413,
-                param="prompt",
-                hint="shorten the prompt, or raise max_context_tokens or the memory budget",
-            )
-        if min(tokens) < 0 or max(tokens) >= self._vocab_size:
-            raise RequestError(
-                f"the prompt holds a token id outside the vocabulary of {self._vocab_size}", param="prompt"
-            )
-
-    def _keep_tokens(self, prompt_tokens: list[int], params: GenerationParams) -> int:
-        context = self._plan.max_context_tokens
-        if params.keep_tokens is None:
-            return min(len(prompt_tokens), context // 4)
-        if params.keep_tokens > context // 2:
-            raise RequestError(
-                f"keep_tokens is {params.keep_tokens}, but may be at most {context // 2}, half the context",
-                param="keep_tokens",
-            )
-        return params.keep_tokens
-
     def _find(self, request_id: str) -> Sequence | None:
         for sequence in (*self._slots, *self._waiting):
             if sequence.request_id == request_id:
                 return sequence
         return None
 
+    def _holds(self, sequence: Sequence) -> bool:
+        """Tell whether a sequence is still there: closing one beam closes the others."""
+        return sequence in self._slots or sequence in self._waiting
+
     def _admit(self, now: float) -> None:
         """Give slots to waiting requests in their order, as long as slot and cache tokens are there."""
-        while self._waiting and len(self._slots) < self._plan.slots:
+        while self._waiting:
             sequence = self._waiting[0]
-            ahead = min(sequence.limit, _EXTENSION_TOKENS) if sequence.open_ended else sequence.limit
-            wanted = min(len(sequence.prompt) + ahead, self._plan.max_context_tokens)
-            if self._reserved + wanted > self._plan.kv_tokens:
+            # Slots and tokens of all answers are held from the start, so that branching cannot fail.
+            held = sum(other.slots for other in self._slots)
+            wanted = self.intake.first_tokens(sequence)
+            if held + sequence.width > self._plan.slots or self._reserved + wanted > self._plan.kv_tokens:
                 return
             self._waiting.popleft()
             self._reserved += wanted
             sequence.reserved = wanted
-            sequence.start(now)
+            sequence.request.start(now)
             self._slots.append(sequence)
             self._reuse_prefix(sequence, len(self._slots) - 1)
 
@@ -243,34 +195,64 @@ class Scheduler:
         length, other = max(shared, default=(0, slot))
         if length > self._prefixes.recall(wanted, beyond=length):
             cache.copy(other, slot, length)
-            sequence.reuse(length)
         else:
-            sequence.reuse(self._prefixes.restore(cache, slot, wanted))
+            length = self._prefixes.restore(cache, slot, wanted)
+        sequence.prefilled = sequence.request.cached = length
 
     def _prefill_chunk(self, events: list[Event]) -> None:
         candidates = self._slots[self._decoding :]
         if self._oldest_turn:
-            sequence = min(candidates, key=lambda other: other.started_s)
+            sequence = min(candidates, key=lambda other: other.request.started_s)
         else:
             sequence = min(candidates, key=lambda other: other.remaining)
         self._oldest_turn = not self._oldest_turn
         slot = self._slots.index(sequence)
-        tokens = sequence.remaining_prompt(self._plan.prefill_chunk_tokens)
         try:
-            logits = self._runner.prefill(slot, tokens)
+            logits = self._compute_chunk(sequence, slot)
         except EngineError as error:
             self._fail(sequence, error, events)
             return
-        sequence.prefilled += len(tokens)
         if not sequence.in_prefill:
             self._exchange(slot, self._decoding)
             self._decoding += 1
-            self._take(sequence, logits, events)
+            rows = self._branch(sequence)
+            self._take(rows, [logits] * len(rows), events)
+
+    def _compute_chunk(self, sequence: Sequence, slot: int) -> Logits:
+        """Compute the next chunk of a prompt; return the logits behind its last token."""
+        request = sequence.request
+        if request.wants_prompt_logprobs:
+            tokens = sequence.remaining_prompt(min(_ECHO_CHUNK_TOKENS, self._plan.prefill_chunk_tokens))
+            rows = self._runner.prefill_rows(slot, tokens)
+            request.note_prompt_logits(rows, self.intake.vocab_size)
+            logits: Logits = rows[-1]
+        else:
+            tokens = sequence.remaining_prompt(self._plan.prefill_chunk_tokens)
+            logits = self._runner.prefill(slot, tokens)
+        sequence.prefilled += len(tokens)
+        return logits
+
+    def _branch(self, sequence: Sequence) -> list[Sequence]:
+        """Give each other answer, or beam, a slot with a copy of the prompt; return them all.
+
+        ``_admit`` has kept slots and tokens for them.
+        """
+        cache, others = self._runner.cache, sequence.branches()
+        source, share = self._decoding - 1, sequence.reserved // (1 + len(others))
+        sequence.reserved = share
+        for other in others:
+            other.reserved = share
+            last = len(self._slots)
+            self._slots.append(other)
+            cache.copy(source, last, cache.offset(source))
+            self._exchange(last, self._decoding)
+            self._decoding += 1
+        return [sequence, *others]
 
     def _decode_step(self, events: list[Event]) -> None:
         now = self._clock()
         for sequence in self._slots[: self._decoding]:
-            if not self._extend(sequence) and not self._slide(sequence):
+            if self._holds(sequence) and not self._extend(sequence) and not self._slide(sequence):
                 self._close(sequence, "length", events, now=now)
         batch = self._slots[: self._decoding]
         if not batch:
@@ -281,20 +263,40 @@ class Scheduler:
             for sequence in batch:
                 self._fail(sequence, error, events)
             return
-        for sequence, row in zip(batch, logits, strict=True):
-            self._take(sequence, row, events)
+        self._take(batch, list(logits), events)
 
-    def _take(self, sequence: Sequence, logits: Logits, events: list[Event]) -> None:
-        now = self._clock()
+    def _take(self, batch: list[Sequence], logits: list[Logits], events: list[Event]) -> None:
+        """Draw the next tokens: of sampled answers one by one, of beams those of a request together."""
+        rows = dict(zip(batch, logits, strict=True))
+        for sequence, row in rows.items():
+            if not self._holds(sequence):
+                continue
+            if isinstance(sequence, BeamSequence):
+                if sequence.leads:
+                    self._take_beams(sequence, rows, events)
+                continue
+            now = self._clock()
+            try:
+                drawn, reason = sequence.take(row, now)
+            except EngineError as error:
+                self._fail(sequence, error, events)
+                continue
+            events += drawn
+            if reason is not None:
+                self._close(sequence, reason, events, now=now)
+
+    def _take_beams(self, leader: BeamSequence, rows: dict[Sequence, Logits], events: list[Event]) -> None:
+        now, cache = self._clock(), self._runner.cache
         try:
-            delta, reason = sequence.take(logits, now)
+            moves, reason = leader.take_beams(rows, now)
         except EngineError as error:
-            self._fail(sequence, error, events)
+            self._fail(leader, error, events)
             return
-        if delta is not None:
-            events.append(delta)
+        for source, target in moves:
+            slot = self._slots.index(source)
+            cache.copy(slot, self._slots.index(target), cache.offset(slot), start=len(leader.prompt))
         if reason is not None:
-            self._close(sequence, reason, events, now=now)
+            self._close(leader, reason, events, now=now)
 
     def _extend(self, sequence: Sequence) -> bool:
         """Make sure that the next token's place is reserved; False if the plan has no room left."""
@@ -302,7 +304,7 @@ class Scheduler:
         if needed <= sequence.reserved:
             return True
         most = min(len(sequence.prompt) + sequence.limit, self._plan.max_context_tokens)
-        more = min(_EXTENSION_TOKENS, most - sequence.reserved, self._plan.kv_tokens - self._reserved)
+        more = min(EXTENSION_TOKENS, most - sequence.reserved, self._plan.kv_tokens - self._reserved)
         if more <= 0:
             return False
         sequence.reserved += more
@@ -331,12 +333,19 @@ class Scheduler:
     def _close(
         self, sequence: Sequence, reason: FinishReason, events: list[Event], *, now: float | None = None
     ) -> None:
-        events.append(sequence.finish(reason, self._clock() if now is None else now))
-        self._remove(sequence)
+        events += sequence.finish(reason, self._clock() if now is None else now)
+        for ended in self._all_of(sequence) if sequence.together else [sequence]:
+            self._remove(ended)
 
     def _fail(self, sequence: Sequence, error: EngineError, events: list[Event]) -> None:
-        events.append(Failed(sequence.request_id, error.reason, error.message))
-        self._remove(sequence, keep=False)
+        if self._holds(sequence):
+            events.append(Failed(sequence.request_id, error.reason, error.message))
+        for ended in self._all_of(sequence):
+            self._remove(ended, keep=False)
+
+    def _all_of(self, sequence: Sequence) -> list[Sequence]:
+        """Return all sequences of a sequence's request."""
+        return [other for other in (*self._slots, *self._waiting) if other.request is sequence.request]
 
     def _remove(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Take a request out of the queue or its slot, keep the slots dense and give the cache's memory back.
@@ -365,10 +374,3 @@ class Scheduler:
         if first != second:
             self._runner.cache.swap(first, second)
             self._slots[first], self._slots[second] = self._slots[second], self._slots[first]
-
-
-def _check_supported(params: GenerationParams) -> None:
-    given = {"n": params.n > 1, "num_beams": params.num_beams > 1, "echo": params.echo, "guided": params.guided}
-    for name, wanted in given.items():
-        if wanted:
-            raise RequestError(f"{name} is not supported yet", param=name)

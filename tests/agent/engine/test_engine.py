@@ -344,3 +344,37 @@ def test_another_package_gets_nothing_of_what_is_on_disk(tiny_package: Path, tmp
     (other / MANIFEST_NAME).write_bytes(encode_manifest(changed))
     engine = Engine.load(other, options=OPTIONS, prefix_root=tmp_path / "prefixes")
     assert run(engine, LONG, GREEDY)[2].usage.cached_tokens == 0
+
+
+def test_several_answers_are_what_their_seeds_give_alone_from_one_prefill(engine: Engine) -> None:
+    items = list(engine.generate(LONG, msgspec.structs.replace(SEEDED, n=3)))
+    end = items[-1].finished
+    assert end is not None
+    answers = [[item.token_id for item in items[:-1] if item.index == index] for index in range(3)]
+    alone = [run(engine, LONG, msgspec.structs.replace(SEEDED, seed=11 + index))[0] for index in range(3)]
+    assert answers == alone
+    assert (end.usage.prompt_tokens, end.usage.generated_tokens) == (100, 72)
+    assert [choice.finish_reason for choice in end.choices] == ["length"] * 3
+    assert engine.runner.cache.nbytes == 0
+
+
+def test_echo_begins_with_the_prompt_and_the_log_probabilities_of_its_tokens(engine: Engine) -> None:
+    text = "Why is the sky blue?"
+    prompt = engine.encode_prompt(text)
+    params = msgspec.structs.replace(GREEDY, echo=True, logprobs=2)
+    echo, *rest = engine.generate(text, params)
+    assert (echo.echo, echo.text, echo.token_ids) == (True, text, tuple(prompt))
+    assert [report.token_id for report in echo.logprobs] == prompt[1:]
+    # What the model says behind a beginning of the prompt is what a generation from there reports.
+    for place in (1, len(prompt) - 1):
+        forced = msgspec.structs.replace(GREEDY, max_tokens=1, logit_bias={prompt[place]: 100.0}, logprobs=2)
+        first = next(iter(engine.generate(prompt[:place], forced)))
+        assert first.logprob is not None
+        assert echo.logprobs[place - 1].logprob == pytest.approx(first.logprob.logprob, abs=2e-2)
+    assert [item.token_id for item in rest[:-1]] == run(engine, text, GREEDY)[0]
+
+
+def test_echo_alone_computes_the_prompt_as_always(engine: Engine) -> None:
+    echo, *rest = engine.generate(LONG, msgspec.structs.replace(GREEDY, echo=True))
+    assert (echo.text, echo.logprobs) == (engine.tokenizer.decode(LONG), ())
+    assert [item.token_id for item in rest[:-1]] == run(engine, LONG, GREEDY)[0]

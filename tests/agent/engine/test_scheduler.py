@@ -513,3 +513,74 @@ def test_timings_tell_queue_prefill_and_decode_apart() -> None:
     assert timings.prompt_tokens_per_s == 4.0
     assert timings.decode_s == 2.0
     assert timings.generated_tokens_per_s == 1.0
+
+
+def test_answers_of_one_request_wait_until_there_is_a_slot_for_each() -> None:
+    world = World(memory_plan(slots=3))
+    world.submit("a", [1, 2, 3], msgspec.structs.replace(GREEDY, max_tokens=20))
+    world.submit("several", [4, 5], msgspec.structs.replace(SEEDED, n=3))
+    world.submit("b", [6])
+    for _ in range(5):
+        world.step()
+    assert (world.scheduler.running, world.scheduler.waiting) == (1, 2)
+    world.drain()
+    assert world.finished("several").usage.generated_tokens == 18
+    assert max(world.runner.batches) == 3
+
+
+def test_answers_keep_to_the_prompt_while_neighbours_come_and_go() -> None:
+    world = World(memory_plan(slots=4))
+    world.submit("short", [9, 9], msgspec.structs.replace(GREEDY, max_tokens=3))
+    world.submit("several", [4, 5, 6, 7, 8, 9, 10, 11, 12, 13], msgspec.structs.replace(SEEDED, n=3))
+    world.drain()
+    for index in range(3):
+        tokens = [
+            token
+            for event in world.events
+            if isinstance(event, TextDelta) and event.request_id == "several" and event.index == index
+            for token in event.token_ids
+        ]
+        seed = msgspec.structs.replace(SEEDED, seed=5 + index)
+        assert tokens == alone([4, 5, 6, 7, 8, 9, 10, 11, 12, 13], seed)[0]
+
+
+def test_an_answer_that_ends_frees_its_slot_and_the_last_ends_the_request() -> None:
+    world = World(memory_plan(slots=3))
+    world.submit("several", [4, 5], msgspec.structs.replace(SEEDED, n=3, max_tokens=40, ignore_eos=False))
+    sizes = set()
+    while not world.scheduler.idle:
+        world.step()
+        sizes.add(world.scheduler.running)
+    choices = world.finished("several").choices
+    assert [choice.index for choice in choices] == [0, 1, 2]
+    assert sum(choice.generated_tokens for choice in choices) == world.finished("several").usage.generated_tokens
+    assert world.runner.cache.nbytes == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("options", [{"n": 3}, {"num_beams": 3, "seed": None, "temperature": None, "n": 2}])
+def test_a_cancel_ends_all_answers_with_one_event(options: dict[str, object], steps: int) -> None:
+    world = World(memory_plan(slots=4, chunk=2))
+    world.submit("several", [4, 5, 6, 7], msgspec.structs.replace(SEEDED, max_tokens=30, **options))
+    for _ in range(steps):
+        world.step()
+    world.scheduler.cancel("several")
+    world.step()
+    assert world.finished("several").finish_reason == "cancelled"
+    assert (world.scheduler.running, world.scheduler.idle, world.runner.cache.nbytes) == (0, True, 0)
+
+
+def test_a_failing_step_fails_a_request_of_several_answers_once() -> None:
+    world = World()
+    world.submit("several", [4, 5], msgspec.structs.replace(SEEDED, n=3))
+    world.step()
+    world.runner.fail_decode = True
+    world.drain()
+    assert [event.request_id for event in world.events if isinstance(event, Failed)] == ["several"]
+
+
+def test_answers_that_the_plan_has_no_tokens_for_are_refused() -> None:
+    world = World(memory_plan(slots=4, context=64, kv_tokens=100))
+    with pytest.raises(RequestError, match="4 answers to 20 prompt tokens need 104 cache tokens") as caught:
+        world.submit("several", [1] * 20, msgspec.structs.replace(SEEDED, n=4))
+    assert (caught.value.code, caught.value.param) == (413, "n")
