@@ -1,8 +1,9 @@
 """The interface of a decoder graph, checked before its first use: a package comes from outside.
 
-Inputs ``input_ids`` int64 [B, S], ``attention_mask`` int64 [B, T], optionally ``position_ids`` int64 [B, S] and
-``logits_start`` int64 [1] (an overridable initializer), ``past_key_values.{i}.key|value`` [B, heads, capacity,
-head_dim]; outputs ``logits`` [B, rows, vocab_size] and ``present.{i}.key|value``.
+Inputs ``input_ids`` int64 [B, S], ``attention_mask`` int64 [B, T], optionally ``position_ids`` int64 [B, S] and the
+overridable initializers ``logits_start`` int64 [1] and ``rope_tokens`` int64 [1] or [B],
+``past_key_values.{i}.key|value`` [B, heads, capacity, head_dim]; outputs ``logits`` [B, rows, vocab_size] and
+``present.{i}.key|value``.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ class GraphIO:
     Attributes:
         has_position_ids: True if positions are given by the caller.
         has_logits_start: True if the head can be limited to the last rows.
+        has_rope_tokens: True if the planned lengths of the rows choose the rotary factors.
         logits_width: Last axis of ``logits``, at least the manifest's ``vocab_size``.
     """
 
     has_position_ids: bool
     has_logits_start: bool
     logits_width: int
+    has_rope_tokens: bool = False
 
 
 def check_graph_io(
@@ -63,6 +66,8 @@ def check_graph_io(
         _check_tensor("input", given, "position_ids", _INT64, (None, None))
     if "logits_start" in extra:
         _check_tensor("input", extra, "logits_start", _INT64, (1,))
+    if "rope_tokens" in extra:
+        _check_tensor("input", extra, "rope_tokens", _INT64, (None,))
     cache_shape = (None, model.num_key_value_heads, None, model.head_dim)
     for layer in range(model.num_hidden_layers):
         for kind in ("key", "value"):
@@ -76,10 +81,13 @@ def check_graph_io(
         )
     caches = 2 * model.num_hidden_layers
     _check_no_more("input", given, {"input_ids", "attention_mask", "position_ids"}, "past_key_values.", caches)
-    _check_no_more("input", extra, {"logits_start"}, "past_key_values.", 0)
+    _check_no_more("input", extra, {"logits_start", "rope_tokens"}, "past_key_values.", 0)
     _check_no_more("output", produced, {"logits"}, "present.", caches)
     return GraphIO(
-        has_position_ids="position_ids" in given, has_logits_start="logits_start" in extra, logits_width=width
+        has_position_ids="position_ids" in given,
+        has_logits_start="logits_start" in extra,
+        has_rope_tokens="rope_tokens" in extra,
+        logits_width=width,
     )
 
 

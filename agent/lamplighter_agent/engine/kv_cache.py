@@ -36,17 +36,20 @@ class CacheSpec:
         heads: ``num_key_value_heads``.
         head_dim: Features of a head.
         dtype: Type of an element.
+        short_rope_tokens: With LongRoPE, the longest text whose keys are made with the short factors; else None.
     """
 
     layers: int
     heads: int
     head_dim: int
     dtype: CacheDtype = "float32"
+    short_rope_tokens: int | None = None
 
     @classmethod
     def from_model(cls, model: ModelFacts, dtype: CacheDtype = "float32") -> CacheSpec:
         """Return the spec of a manifest's model."""
-        return cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, dtype)
+        short = None if model.rope is None else model.rope.original_max_position_embeddings
+        return cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, dtype, short)
 
     @property
     def numpy_dtype(self) -> np.dtype[np.float32 | np.int8]:
@@ -84,6 +87,7 @@ class KVCache:
         self._rotations = rotations
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
         self._slid_at: list[int | None] = [None] * slots
+        self._rope_tokens = [0] * slots
         shape = (slots, spec.heads, capacity, spec.head_dim)
         length = slots * spec.heads * capacity * spec.head_dim * spec.numpy_dtype.itemsize
         try:
@@ -112,9 +116,21 @@ class KVCache:
     def prefix(self, slot: int) -> tuple[int, ...]:
         """Return the ids of the leading tokens whose keys and values are what a prompt of them would give.
 
-        All of them, until ``evict`` has closed a gap: what follows it still knows of the tokens that went.
+        All of them, until ``evict`` has closed a gap: what follows it still knows of the tokens that went. None if the
+        row has long factors: most prompts that begin with these tokens have short ones.
         """
+        if self._rope_tokens[slot]:
+            return ()
         return tuple(self._tokens[slot][: self._slid_at[slot]])
+
+    def plan(self, slot: int, tokens: int) -> None:
+        """Say of an empty slot how many tokens it will hold at most: with LongRoPE this chooses the factors."""
+        short = self.spec.short_rope_tokens
+        self._rope_tokens[slot] = tokens if short is not None and tokens > short else 0
+
+    def rope_tokens(self, slot: int) -> int:
+        """Return what the graph input ``rope_tokens`` must be for a slot: 0 for short factors and without LongRoPE."""
+        return self._rope_tokens[slot]
 
     @property
     def can_evict(self) -> bool:
@@ -186,6 +202,7 @@ class KVCache:
             buffer[target, :, start:tokens] = buffer[source, :, start:tokens]
         self._tokens[target] = self._tokens[source][:tokens]
         slid_at = self._slid_at[source]
+        self._rope_tokens[target] = self._rope_tokens[source]
         self._slid_at[target] = None if slid_at is None or tokens <= slid_at else slid_at
 
     def swap(self, first: int, second: int) -> None:
@@ -201,11 +218,14 @@ class KVCache:
             buffer[first, :, :short] = kept
         self._tokens[first], self._tokens[second] = self._tokens[second], self._tokens[first]
         self._slid_at[first], self._slid_at[second] = self._slid_at[second], self._slid_at[first]
+        planned = self._rope_tokens
+        planned[first], planned[second] = planned[second], planned[first]
 
     def release(self, slot: int) -> None:
         """Empty a slot and give its memory back to the system."""
         self._tokens[slot] = []
         self._slid_at[slot] = None
+        self._rope_tokens[slot] = 0
         if sys.platform != "linux":
             return
         length = self.spec.heads * self.capacity * self.spec.head_dim * self.spec.numpy_dtype.itemsize

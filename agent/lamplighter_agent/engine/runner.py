@@ -35,6 +35,7 @@ class ModelRunner:
         self._positions: IntArray = np.arange(cache.capacity, dtype=np.int64).reshape(1, -1)
         self._decode_ids: IntArray = np.zeros((cache.slots, 1), dtype=np.int64)
         self._decode_positions: IntArray = np.zeros((cache.slots, 1), dtype=np.int64)
+        self._decode_rope_tokens: IntArray = np.zeros(cache.slots, dtype=np.int64)
         self._decode_logits: FloatArray = np.empty((cache.slots, 1, self._width), dtype=np.float32)
         self._mask: IntArray = np.zeros((cache.slots, 0), dtype=np.int64)
         self._masked = [0] * cache.slots
@@ -77,6 +78,7 @@ class ModelRunner:
             self._ones[:, : past + count],
             self._positions[:, past : past + count],
         )
+        binding.set_rope_tokens(np.array([self.cache.rope_tokens(slot)], dtype=np.int64))
         binding.set_logits(logits, start=start)
         binding.run()
         self.cache.advance(slot, tokens)
@@ -117,6 +119,7 @@ class ModelRunner:
             offset = self.cache.offset(slot)
             self._decode_ids[slot, 0] = token_id
             self._decode_positions[slot, 0] = offset
+            self._decode_rope_tokens[slot] = self.cache.rope_tokens(slot)
             longest = max(longest, offset + 1)
         return longest
 
@@ -139,5 +142,6 @@ class ModelRunner:
     def _bind_decode(self, batch: int) -> Binding:
         binding = self._session.bind(tuple(buffer[:batch] for buffer in self.cache.buffers))
         binding.set_inputs(self._decode_ids[:batch], self._mask[:batch], self._decode_positions[:batch])
+        binding.set_rope_tokens(self._decode_rope_tokens[:batch])
         binding.set_logits(self._decode_logits[:batch], start=0)
         return binding

@@ -181,6 +181,7 @@ class Scheduler:
             sequence.reserved = wanted
             sequence.request.start(now)
             self._slots.append(sequence)
+            self._runner.cache.plan(len(self._slots) - 1, len(sequence.prompt) + sequence.limit)
             self._reuse_prefix(sequence, len(self._slots) - 1)
 
     def _reuse_prefix(self, sequence: Sequence, slot: int) -> None:
@@ -191,6 +192,8 @@ class Scheduler:
         if self._prefixes is None or not sequence.cache_prompt:
             return
         cache, wanted = self._runner.cache, sequence.prompt[:-2]
+        if cache.rope_tokens(slot):
+            return  # kept prefixes have keys of the short factors
         shared = [(common_prefix(cache.prefix(other), wanted), other) for other in range(slot)]
         length, other = max(shared, default=(0, slot))
         if length > self._prefixes.recall(wanted, beyond=length):

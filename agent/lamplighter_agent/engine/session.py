@@ -133,6 +133,11 @@ class Binding:
         if self._io.has_position_ids:
             self._bind_input("position_ids", position_ids)
 
+    def set_rope_tokens(self, rope_tokens: IntArray) -> None:
+        """Bind int64 [batch]: the planned tokens of each row (``KVCache.rope_tokens``); dropped without LongRoPE."""
+        if self._io.has_rope_tokens:
+            self._bind_input("rope_tokens", rope_tokens)
+
     def set_logits(self, logits: FloatArray, *, start: int) -> None:
         """Bind the output: float32 [batch, tokens - start, vocab_size], the rows of the tokens from ``start`` on.
 

@@ -49,8 +49,8 @@ def test_the_plain_interface() -> None:
 
 def test_the_optional_inputs() -> None:
     given = inputs() | infos(("position_ids", INT, ("batch", "tokens")))
-    found = check(given, outputs(), infos(("logits_start", INT, (1,))))
-    assert found == GraphIO(has_position_ids=True, has_logits_start=True, logits_width=256)
+    found = check(given, outputs(), infos(("logits_start", INT, (1,)), ("rope_tokens", INT, ("rows",))))
+    assert found == GraphIO(has_position_ids=True, has_logits_start=True, logits_width=256, has_rope_tokens=True)
 
 
 @pytest.mark.parametrize(
