@@ -201,13 +201,10 @@ def load_tokenizer(files: TokenizerFiles, vocab_size: int) -> Tokenizer:
     Raises:
         CheckpointError: If it cannot be read, or has ids that the embedding lacks.
     """
-    try:
-        tokenizer = Tokenizer.from_str(files.tokenizer_json.decode())
-    except Exception as error:  # the tokenizers library raises plain Exception for every parse error
-        raise CheckpointError(f"tokenizer.json cannot be read: {error}") from error
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if highest >= vocab_size:
-        raise CheckpointError(f"the tokenizer has ids up to {highest}, but the embedding has {vocab_size} rows")
+    tokenizer = files.load()
+    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if not 0 <= highest < vocab_size:
+        raise CheckpointError(f"{files.origin}: has ids up to {highest}, but the embedding has {vocab_size} rows")
     return tokenizer
 
 

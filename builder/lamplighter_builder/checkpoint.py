@@ -13,37 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import ml_dtypes
-import msgspec
-import numpy as np
-import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from lamplighter_agent.errors import CheckpointError
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
+from lamplighter_builder.safetensors_file import StoredTensor, TensorInfo, read_safetensors_header, read_tensor
 
-_DTYPES: Final[Mapping[str, npt.DTypeLike]] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-_MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """A tensor of a checkpoint, not read yet.
-
-    Attributes:
-        shape: Dimensions in Hugging Face's order.
-        dtype: The file format's name of the stored type.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +32,24 @@ class TokenizerFiles:
         tokenizer_json: Contents of ``tokenizer.json`` as the ``tokenizers`` library reads it.
         chat_template: Jinja source, or None.
         special_tokens: Texts by name (``bos_token``, ``eos_token``, …) as templates use them.
+        origin: File that they came from, for messages.
     """
 
     tokenizer_json: bytes
     chat_template: str | None
     special_tokens: Mapping[str, str]
+    origin: str
+
+    def load(self) -> Tokenizer:
+        """Load ``tokenizer_json``.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+        """
+        try:
+            return Tokenizer.from_buffer(self.tokenizer_json)
+        except Exception as error:  # the tokenizers library raises plain Exception for every parse error
+            raise CheckpointError(f"{self.origin}: cannot be read as a tokenizer: {error}") from error
 
 
 class Checkpoint(ABC):
@@ -110,16 +101,6 @@ class Checkpoint(ABC):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a tensor's bytes lie."""
-
-    path: Path
-    offset: int
-    length: int
-    info: TensorInfo
-
-
 class HuggingFaceCheckpoint(Checkpoint):
     """A directory with ``config.json``, ``*.safetensors`` and ``tokenizer.json``.
 
@@ -133,7 +114,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         generation = path / "generation_config.json"
         self.generation_config = Fields(read_json(generation) if generation.is_file() else {}, str(generation))
         self._weight_files = find_safetensors(path)
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, StoredTensor] = {}
         for file in self._weight_files:
             for name, place in read_safetensors_header(file).items():
                 if name in self._places:
@@ -143,7 +124,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     @property
     def files(self) -> tuple[Path, ...]:
         """Weights, configuration and tokenizer files."""
-        names = ("config.json", "generation_config.json", *_TOKENIZER_NAMES)
+        names = ("config.json", "generation_config.json", *TOKENIZER_NAMES)
         return (*self._weight_files, *(self.path / name for name in names if (self.path / name).is_file()))
 
     @property
@@ -174,21 +155,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         Raises:
             CheckpointError: If the file ends early or the stored type is no float.
         """
-        place = self._places[name]
-        dtype = _DTYPES.get(place.info.dtype)
-        if dtype is None:
-            raise CheckpointError(
-                f"{place.path}: tensor {name} is stored as {place.info.dtype}",
-                hint=f"supported are: {', '.join(_DTYPES)}",
-            )
-        count = place.length // np.dtype(dtype).itemsize
-        try:
-            values = np.fromfile(place.path, dtype=dtype, count=count, offset=place.offset)
-        except OSError as error:
-            raise CheckpointError(f"{place.path}: cannot read tensor {name}: {error.strerror}") from error
-        if values.size != count:
-            raise CheckpointError(f"{place.path}: the file ends inside tensor {name}", hint="download it again")
-        return values.astype(np.float32, copy=False).reshape(place.info.shape)
+        return read_tensor(name, self._places[name])
 
     def tokenizer(self) -> TokenizerFiles:
         """Read ``tokenizer.json`` and the chat template.
@@ -196,32 +163,43 @@ class HuggingFaceCheckpoint(Checkpoint):
         Raises:
             CheckpointError: If there is no ``tokenizer.json``.
         """
-        path = self.path / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{self.path}: there is no tokenizer.json",
-                hint="save the tokenizer with transformers' AutoTokenizer.save_pretrained, which writes one",
-            )
-        settings_path = self.path / "tokenizer_config.json"
-        settings = read_json(settings_path) if settings_path.is_file() else {}
-        return TokenizerFiles(path.read_bytes(), self._chat_template(settings), _special_tokens(settings))
-
-    def _chat_template(self, settings: Mapping[str, object]) -> str | None:
-        path = self.path / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
-        template = settings.get("chat_template")
-        if isinstance(template, list):
-            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        return read_tokenizer(self.path)
 
 
-_TOKENIZER_NAMES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_NAMES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Read a JSON object.
+def read_tokenizer(directory: Path) -> TokenizerFiles:
+    """Read ``tokenizer.json``, the chat template and the special tokens of a directory.
+
+    Raises:
+        CheckpointError: If there is no ``tokenizer.json``, or a file cannot be read.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: there is no tokenizer.json",
+            hint="save the tokenizer with transformers' AutoTokenizer.save_pretrained, which writes one",
+        )
+    settings_path = directory / "tokenizer_config.json"
+    settings = read_json(settings_path) if settings_path.is_file() else {}
+    template = _chat_template(directory, settings)
+    return TokenizerFiles(path.read_bytes(), template, _special_tokens(settings), str(path))
+
+
+def _chat_template(directory: Path, settings: Mapping[str, object]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def read_json(path: Path, *, hint: str = "give a Hugging Face model directory") -> dict[str, object]:
+    """Read a JSON object; ``hint`` says what to do where there is no such file.
 
     Raises:
         CheckpointError: If the file is missing or holds anything else.
@@ -229,7 +207,7 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file", hint="give a Hugging Face model directory") from error
+        raise CheckpointError(f"{path}: no such file", hint=hint) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -258,60 +236,22 @@ def find_safetensors(path: Path) -> tuple[Path, ...]:
     single = path / "model.safetensors"
     if single.is_file():
         return (single,)
+    refuse_pickled(path)
+    raise CheckpointError(f"{path}: there is neither model.safetensors nor model.safetensors.index.json")
+
+
+def refuse_pickled(path: Path) -> None:
+    """Refuse a directory without safetensors that has pickled weights.
+
+    Raises:
+        CheckpointError: If it has.
+    """
     pickled = [file.name for pattern in _PICKLED for file in sorted(path.glob(pattern))]
     if pickled:
         raise CheckpointError(
             f"{path}: the weights are pickled ({pickled[0]}); loading them would run code from the checkpoint",
             hint="convert them to safetensors where you trust them, or take another revision of the model",
         )
-    raise CheckpointError(f"{path}: there is neither model.safetensors nor model.safetensors.index.json")
-
-
-def read_safetensors_header(path: Path) -> dict[str, _Place]:
-    """Read names, shapes and places of a safetensors file and check that the file holds them all.
-
-    Raises:
-        CheckpointError: If the header is damaged or the file is shorter than the header says.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: {size} bytes, but its header alone should have {length}", hint="download it again"
-                )
-            raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        header = msgspec.json.decode(raw, type=dict[str, dict[str, object]])
-        header.pop("__metadata__", None)
-        entries = {name: msgspec.convert(entry, _Entry) for name, entry in header.items()}
-    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is damaged: {error}") from error
-    return {name: _place(path, name, entry, 8 + length, size) for name, entry in entries.items()}
-
-
-class _Entry(msgspec.Struct):
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
-def _place(path: Path, name: str, entry: _Entry, start: int, size: int) -> _Place:
-    begin, end = entry.data_offsets
-    if not 0 <= begin <= end or any(extent < 0 for extent in entry.shape):
-        raise CheckpointError(f"{path}: tensor {name} has impossible offsets or extents")
-    if start + end > size:
-        raise CheckpointError(
-            f"{path}: {size} bytes, but tensor {name} should end at {start + end}", hint="download it again"
-        )
-    dtype = _DTYPES.get(entry.dtype)
-    expected = None if dtype is None else int(np.prod(entry.shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    if expected is not None and expected != end - begin:
-        raise CheckpointError(f"{path}: tensor {name} of shape {entry.shape} has {end - begin} bytes, not {expected}")
-    return _Place(path, start + begin, end - begin, TensorInfo(entry.shape, entry.dtype))
 
 
 def _special_tokens(settings: Mapping[str, object]) -> dict[str, str]:

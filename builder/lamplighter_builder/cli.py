@@ -96,6 +96,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.add_argument("-o", "--output", required=True, type=Path, help="directory of the package, missing or empty")
     build.add_argument("-p", "--precision", required=True, choices=("int4", "int8", "fp32"), help="of the weights")
     build.add_argument("-e", "--execution-provider", default="cpu", choices=("cpu",), help="where it will run")
+    build.add_argument("--adapter", type=Path, help="directory of a LoRA adapter (PEFT) to merge into the model")
     build.add_argument("-c", "--cache", type=Path, help="directory for downloads, used with a hub id")
     build.add_argument("--name", help="package name; made from the checkpoint's if not given")
     build.add_argument("--version", dest="package_version", default="1.0.0", help="package version (default: 1.0.0)")
@@ -131,11 +132,12 @@ def run_build(arguments: argparse.Namespace) -> int:
     from lamplighter_builder.build import BuildOptions, build_package
     from lamplighter_builder.sources import default_name, open_checkpoint, read_chat_format
 
-    checkpoint = open_checkpoint(arguments.model, arguments.cache)
+    checkpoint = open_checkpoint(arguments.model, arguments.cache, arguments.adapter)
+    named_after = checkpoint.path if arguments.adapter is None else arguments.adapter
     options = BuildOptions(
         output=arguments.output,
         precision=arguments.precision,
-        name=arguments.name or default_name(checkpoint.path, arguments.precision),
+        name=arguments.name or default_name(named_after, arguments.precision),
         version=arguments.package_version,
         licence=arguments.licence,
         chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),

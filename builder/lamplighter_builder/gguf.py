@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
-from lamplighter_builder.checkpoint import Checkpoint, TensorInfo, TokenizerFiles
+from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.gguf_architectures import EXPERT, GGUF_ARCHITECTURES, GgufArchitecture, GgufFacts
 from lamplighter_builder.gguf_blocks import EXACT_KINDS, exact_matrix
@@ -27,6 +27,7 @@ from lamplighter_builder.gguf_tokenizer import tokenizer_json
 from lamplighter_builder.gguf_vocabulary import GgufVocabulary
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.quantization.blockwise import CodeArray, QuantizedMatrix
+from lamplighter_builder.safetensors_file import TensorInfo
 
 _Element = TypeVar("_Element", bound=np.generic)
 
@@ -139,9 +140,8 @@ class GgufCheckpoint(Checkpoint):
             UnsupportedModelError: If the vocabulary is of an unknown kind.
         """
         template = self._metadata.text("tokenizer.chat_template", default="")
-        return TokenizerFiles(
-            tokenizer_json(self._vocabulary), template or None, self._vocabulary.special_token_texts()
-        )
+        contents = tokenizer_json(self._vocabulary)
+        return TokenizerFiles(contents, template or None, self._vocabulary.special_token_texts(), str(self.path))
 
     def _floats(self, tensor: GgufTensor) -> FloatArray:
         try:

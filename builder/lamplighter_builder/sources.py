@@ -10,6 +10,7 @@ import msgspec
 
 from lamplighter_agent.errors import CheckpointError, ConfigError
 from lamplighter_agent.package.chat_format import ChatFormat
+from lamplighter_builder.adapter import AdaptedCheckpoint
 from lamplighter_builder.checkpoint import Checkpoint, HuggingFaceCheckpoint
 from lamplighter_builder.gguf import GgufCheckpoint
 
@@ -18,18 +19,25 @@ _HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE
 _QUANTIZATION_SUFFIX: Final = re.compile(r"[._-]((i?q\d+(_\w+)?)|f16|f32|bf16|fp16|fp32)$", re.IGNORECASE)
 
 
-def open_checkpoint(model: str, cache: Path | None) -> Checkpoint:
-    """Open what ``-m`` names.
+def open_checkpoint(model: str, cache: Path | None, adapter: Path | None = None) -> Checkpoint:
+    """Open what ``-m`` names, with the adapter that ``--adapter`` names.
 
     Args:
         model: A directory, a GGUF file, or a hub id such as ``owner/name``.
         cache: Directory for downloads, or None for the hub client's own.
+        adapter: Directory of a LoRA adapter, or None.
 
     Raises:
         CheckpointError: If it is damaged, or cannot be downloaded.
         ConfigError: If there is no such file and it is no hub id.
-        UnsupportedModelError: If the kind of file or architecture is not supported.
+        UnsupportedModelError: If the kind of file, adapter or architecture is not supported.
+        WeightMismatchError: If the adapter does not belong to the model.
     """
+    base = _open_model(model, cache)
+    return base if adapter is None else AdaptedCheckpoint(base, adapter)
+
+
+def _open_model(model: str, cache: Path | None) -> Checkpoint:
     path = Path(model)
     if path.is_dir():
         return HuggingFaceCheckpoint(path)

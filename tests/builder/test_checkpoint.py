@@ -173,7 +173,7 @@ def test_vocabulary_larger_than_the_embedding_is_refused(copy: Path) -> None:
 
     change_weights(copy, shrink)
     change_config(copy, vocab_size=380)
-    assert_build_fails(copy, CheckpointError, "ids up to 383, but the embedding has 380 rows")
+    assert_build_fails(copy, CheckpointError, r"tokenizer\.json: has ids up to 383, but the embedding has 380 rows")
 
 
 def test_checkpoint_without_a_licence_needs_one(copy: Path) -> None:
