@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+import onnx
 from tokenizers import Tokenizer
 
 from lamplighter_agent.errors import BuildError, CheckpointError, ConfigError, ManifestError, WeightMismatchError
-from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
+from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME, check_name
 from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
+    ExecutionProvider,
     GenerationDefaults,
     Manifest,
+    MemoryNeeds,
+    ModelFacts,
     Provenance,
     SelfTest,
     Target,
@@ -29,25 +33,20 @@ from lamplighter_builder.chat_template import compile_chat_template
 from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
 from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
+from lamplighter_builder.graph_check import check_graph
 from lamplighter_builder.licence import spdx_licence
 from lamplighter_builder.memory import memory_needs
 from lamplighter_builder.package_writer import PackageWriter
-from lamplighter_builder.precision import PRECISIONS, PrecisionName, describe_precision
+from lamplighter_builder.precision import PrecisionName, choose_parts, choose_target, describe_precision
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.registry import find_architecture
-from lamplighter_builder.runner import Runner
+from lamplighter_builder.self_test import make_self_tests
+from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weight_file import WeightFile
 
+_FOREIGN_RUN_BYTES: Final = 1 << 30
 _TOOLS: Final = ("numpy", "onnx", "onnxruntime", "tokenizers", "gguf", "jinja2")
-_SELF_TEST_PROMPTS: Final = (
-    "What is the capital of France?",
-    "Write one sentence about the sea.",
-    "Count from one to ten.",
-)
-_SELF_TEST_TOKENS: Final = 16
-_CLEAR_MARGIN: Final = 0.5
-"""Logits by which a token must lead for another CPU's kernels to be expected to choose it too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +56,7 @@ class BuildOptions:
     Attributes:
         output: Directory of the package; missing or empty.
         precision: ``-p``.
+        execution_provider: ``-e``.
         name: Package name.
         version: Package version.
         licence: SPDX expression, or None for the checkpoint's own.
@@ -69,6 +69,7 @@ class BuildOptions:
     version: str
     licence: str | None = None
     chat_format: ChatFormat | None = None
+    execution_provider: ExecutionProvider = "cpu"
 
 
 def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Manifest:
@@ -85,8 +86,9 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         raise ConfigError(
             f"{checkpoint.path}: the checkpoint states no licence", hint="give one: --licence SPDX-EXPRESSION"
         )
+    target = choose_target(options.precision, options.execution_provider)
     architecture = find_architecture(checkpoint.config.text("model_type"))
-    model = architecture.make(checkpoint.config, PRECISIONS[options.precision]())
+    model = architecture.make(checkpoint.config, choose_parts(options.precision, target))
     graph = Graph(model.config.model_type)
     model.build(graph)
     check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
@@ -97,8 +99,9 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     if chat_format is None and tokenizer_files.chat_template is not None:
         chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)
     with PackageWriter(options.output) as writer:
-        write_model(graph, checkpoint, writer.directory, progress)
         facts = model.config.facts(count_parameters(graph))
+        regions = write_weights(graph, checkpoint, target, writer.directory / WEIGHTS_NAME, progress)
+        written = write_graph(graph, regions, target, facts, writer.directory / MODEL_NAME)
         writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
         writer.write(
             "tokenizer_config.json",
@@ -106,8 +109,12 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
                 tokenizer_files.special_tokens, tokenizer_files.chat_template, facts.max_position_embeddings
             ),
         )
-        writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation))
-        self_tests = make_self_tests(writer.directory, tokenizer, chat_format, generation, progress)
+        writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation, target, written.graph))
+        memory = memory_needs(model.config, graph, target)
+        self_tests: tuple[SelfTest, ...] = ()
+        if runs_here(target, memory):
+            model_path = writer.directory / MODEL_NAME
+            self_tests = make_self_tests(model_path, tokenizer, chat_format, generation, progress)
         progress.stage("hashing", 0)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -115,10 +122,10 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             version=options.version,
             licence=licence,
             model=facts,
-            precision=describe_precision(options.precision, graph),
-            target=Target(operator_domains={domain or "ai.onnx": number for domain, number in graph.domains().items()}),
+            precision=describe_precision(options.precision, target, graph),
+            target=Target(execution_provider=options.execution_provider, operator_domains=operator_domains(written)),
             files=writer.entries(),
-            memory=memory_needs(model.config, graph),
+            memory=memory,
             generation=generation,
             chat_format=chat_format,
             self_tests=self_tests,
@@ -176,23 +183,57 @@ def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
             )
 
 
-def write_model(graph: Graph, checkpoint: Checkpoint, directory: Path, progress: Progress) -> None:
-    """Write ``model.onnx`` and its weights, holding one weight at a time.
+def write_weights(
+    graph: Graph, checkpoint: Checkpoint, target: GraphTarget, path: Path, progress: Progress
+) -> dict[str, Region]:
+    """Write the weights, holding one at a time, and return where each lies.
 
     Raises:
+        BuildError: If a value is beyond the range of its stored type.
         CheckpointError: If a tensor cannot be read or holds values that are not finite.
         OSError: If the disk is full or fails.
     """
     progress.stage("weights", sum(_elements(weight) for weight in graph.weights))
     regions: dict[str, Region] = {}
-    with WeightFile(directory / WEIGHTS_NAME) as file:
+    with WeightFile(path) as file:
         for weight in graph.weights:
             for spec, array in zip(weight.outputs, _make_arrays(weight, checkpoint), strict=True):
                 if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
                     raise BuildError(f"{spec.name}: made {array.dtype}{array.shape}, declared {spec}")
-                regions[spec.name] = file.append(array)
+                regions[spec.name] = file.append(target.store(array, target.stored(weight, spec)))
             progress.advance(_elements(weight))
-    (directory / MODEL_NAME).write_bytes(graph.finish(WEIGHTS_NAME, regions).SerializeToString(deterministic=True))
+    return regions
+
+
+def write_graph(
+    graph: Graph, regions: Mapping[str, Region], target: GraphTarget, facts: ModelFacts, path: Path
+) -> onnx.ModelProto:
+    """Write the model as the target needs it beside its weights, and return it.
+
+    Raises:
+        BuildError: If the graph breaks a rule of ONNX.
+        OSError: If the disk is full or fails.
+    """
+    model = graph.finish(WEIGHTS_NAME, regions)
+    rotary_dim = facts.head_dim if facts.rope is None else facts.rope.rotary_dim
+    target.lower(model, head_dim=facts.head_dim, rotary_dim=rotary_dim)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    check_graph(path)
+    return model
+
+
+def operator_domains(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the operator domains of a model and their versions, as the manifest names them."""
+    return {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
+
+
+def runs_here(target: GraphTarget, memory: MemoryNeeds) -> bool:
+    """Tell whether the builder runs a package for its self-tests.
+
+    A package for another provider runs on the CPU's kernels with its float16 matrices widened to twice their size, and
+    its tokens are another device's: only a small one is worth that.
+    """
+    return target.provider == "cpu" or memory.weights_bytes <= _FOREIGN_RUN_BYTES
 
 
 def load_tokenizer(files: TokenizerFiles, vocab_size: int) -> Tokenizer:
@@ -233,35 +274,6 @@ def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Generat
     )
 
 
-def make_self_tests(
-    directory: Path,
-    tokenizer: Tokenizer,
-    chat_format: ChatFormat | None,
-    generation: GenerationDefaults,
-    progress: Progress,
-) -> tuple[SelfTest, ...]:
-    """Run the written model on a few prompts and keep its greedy tokens."""
-    runner = Runner(directory / MODEL_NAME)
-    progress.stage("self-test", len(_SELF_TEST_PROMPTS))
-    tests = []
-    for prompt in _SELF_TEST_PROMPTS:
-        text, chat = prompt, chat_format is not None
-        if chat_format is not None:
-            text = "".join(segment.text for segment in chat_format.render([ChatMessage("user", prompt)]))
-        tokens = tokenizer.encode(text, add_special_tokens=not chat).ids
-        greedy = runner.greedy(tokens, _SELF_TEST_TOKENS, frozenset(generation.eos_token_ids))
-        unclear = [index for index, chosen in enumerate(greedy) if chosen.margin < _CLEAR_MARGIN]
-        tests.append(
-            SelfTest(
-                prompt_tokens=tuple(tokens),
-                expected_tokens=tuple(chosen.token for chosen in greedy),
-                min_matching_tokens=unclear[0] if unclear else len(greedy),
-            )
-        )
-        progress.advance(1)
-    return tuple(tests)
-
-
 def count_parameters(graph: Graph) -> int:
     """Count the checkpoint's weights that the graph uses, each once."""
     sources = {source.name: source.shape for weight in graph.weights for source in weight.sources}
@@ -281,7 +293,7 @@ def provenance(checkpoint: Checkpoint, options: BuildOptions, progress: Progress
         source=checkpoint.path.name,
         source_sha256=hashes,
         tools={"lamplighter-builder": __version__, "python": platform.python_version(), **tools},
-        options={"precision": options.precision},
+        options={"precision": options.precision, "execution_provider": options.execution_provider},
     )
 
 

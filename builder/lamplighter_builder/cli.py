@@ -15,6 +15,8 @@ from typing import Final, TextIO
 from lamplighter_agent.errors import LamplighterError
 from lamplighter_builder import __version__
 
+PRECISIONS: Final = ("int4", "int8", "fp16", "fp32")
+PROVIDERS: Final = ("cpu", "cuda", "dml")
 _BAR_WIDTH: Final = 30
 _REDRAW_S: Final = 0.2
 _LINE_EVERY_S: Final = 10.0
@@ -94,8 +96,8 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build = commands.add_parser("build", help="turn a checkpoint into a package")
     build.add_argument("-m", "--model", required=True, help="a Hugging Face directory, a GGUF file, or a hub id")
     build.add_argument("-o", "--output", required=True, type=Path, help="directory of the package, missing or empty")
-    build.add_argument("-p", "--precision", required=True, choices=("int4", "int8", "fp32"), help="of the weights")
-    build.add_argument("-e", "--execution-provider", default="cpu", choices=("cpu",), help="where it will run")
+    build.add_argument("-p", "--precision", required=True, choices=PRECISIONS, help="of the weights")
+    build.add_argument("-e", "--execution-provider", default="cpu", choices=PROVIDERS, help="where it will run")
     build.add_argument("--adapter", type=Path, help="directory of a LoRA adapter (PEFT) to merge into the model")
     build.add_argument("-c", "--cache", type=Path, help="directory for downloads, used with a hub id")
     build.add_argument("--name", help="package name; made from the checkpoint's if not given")
@@ -137,7 +139,8 @@ def run_build(arguments: argparse.Namespace) -> int:
     options = BuildOptions(
         output=arguments.output,
         precision=arguments.precision,
-        name=arguments.name or default_name(named_after, arguments.precision),
+        execution_provider=arguments.execution_provider,
+        name=arguments.name or default_name(named_after, arguments.precision, arguments.execution_provider),
         version=arguments.package_version,
         licence=arguments.licence,
         chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),

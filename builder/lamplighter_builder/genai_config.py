@@ -6,24 +6,35 @@ import json
 from collections.abc import Mapping
 from typing import Final
 
+from onnx import GraphProto
+
 from lamplighter_agent.package.layout import MODEL_NAME
-from lamplighter_agent.package.manifest import GenerationDefaults, ModelFacts
+from lamplighter_agent.package.manifest import ExecutionProvider, GenerationDefaults, ModelFacts
+from lamplighter_builder.targets import GraphTarget
 
 _MAX_LENGTH_TOKENS: Final = 4096
 """onnxruntime-genai allocates its cache for ``max_length`` at once, so the model's full context is no default."""
 
+_PROVIDER_OPTIONS: Final[Mapping[ExecutionProvider, list[dict[str, dict[str, str]]]]] = {
+    "cpu": [],
+    "cuda": [{"cuda": {"enable_cuda_graph": "0"}}],
+    "dml": [{"dml": {}}],
+}
 
-def genai_config(model: ModelFacts, generation: GenerationDefaults) -> bytes:
-    """Return the contents of ``genai_config.json``."""
+
+def genai_config(model: ModelFacts, generation: GenerationDefaults, target: GraphTarget, graph: GraphProto) -> bytes:
+    """Return the contents of ``genai_config.json`` for a written graph."""
     pad = generation.pad_token_id if generation.pad_token_id is not None else generation.eos_token_ids[0]
+    takes_positions = any(value.name == "position_ids" for value in graph.input)
     decoder: dict[str, object] = {
-        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": _PROVIDER_OPTIONS[target.provider]},
         "filename": MODEL_NAME,
         "head_size": model.head_dim,
         "hidden_size": model.hidden_size,
         "inputs": {
             "input_ids": "input_ids",
             "attention_mask": "attention_mask",
+            **({"position_ids": "position_ids"} if takes_positions else {}),
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },

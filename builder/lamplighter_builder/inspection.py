@@ -38,6 +38,7 @@ def inspect_package(package: Path) -> dict[str, object]:
         "licence": manifest.licence,
         "model_type": manifest.model.model_type,
         "parameters": manifest.model.parameters,
+        "execution_provider": manifest.target.execution_provider,
         "precision": {group.name: f"{group.dtype}/{group.block_size or '-'}" for group in manifest.precision.groups},
         "files": {entry.name: entry.length for entry in manifest.files},
         "total_bytes": manifest.total_bytes,

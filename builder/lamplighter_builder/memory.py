@@ -7,27 +7,41 @@ from typing import Final
 import numpy as np
 
 from lamplighter_agent.package.manifest import MemoryNeeds
-from lamplighter_builder.graph import Graph, TensorSpec
+from lamplighter_builder.graph import Graph, TensorSpec, Weight
 from lamplighter_builder.models.decoder import DecoderConfig
+from lamplighter_builder.targets import GraphTarget
 
 PREFILL_CHUNK_TOKENS: Final = 512
 _FLOAT_BYTES: Final = 4
 _MATRIX_RANK: Final = 3
 
 
-def memory_needs(config: DecoderConfig, graph: Graph) -> MemoryNeeds:
-    """Compute the needs of a graph run in float32 on the CPU."""
-    cache_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * _FLOAT_BYTES
+def memory_needs(config: DecoderConfig, graph: Graph, target: GraphTarget) -> MemoryNeeds:
+    """Compute the needs of a graph on its target; for ``cuda`` and ``dml`` they are the device's memory."""
+    features = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    weights = sum(_resident_bytes(weight, spec, target) for weight in graph.weights for spec in weight.outputs)
+    aliases = graph.external().keys() - {spec.name for weight in graph.weights for spec in weight.outputs}
     return MemoryNeeds(
-        weights_bytes=sum(_resident_bytes(spec) for spec in graph.external().values()),
-        kv_bytes_per_token={"float32": cache_bytes},
-        prefill_scratch_bytes=_prefill_bytes(config),
+        weights_bytes=weights + sum(_packed_bytes(graph.external()[name]) for name in aliases),
+        kv_bytes_per_token={target.cache_dtype: features * target.float_bytes},
+        prefill_scratch_bytes=_prefill_bytes(config, target.float_bytes),
         prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
     )
 
 
-def _resident_bytes(spec: TensorSpec) -> int:
-    """Return what an initializer occupies once loaded.
+def _resident_bytes(weight: Weight, spec: TensorSpec, target: GraphTarget) -> int:
+    """Return what one of a weight's initializers occupies once loaded."""
+    stored = target.stored(weight, spec)
+    if target.provider != "cpu":
+        return stored.nbytes
+    if stored.nbytes == spec.nbytes:
+        return _packed_bytes(spec)
+    # Cast to float32 when loaded; a table that rows are looked up from also stays as it is stored.
+    return spec.nbytes + (stored.nbytes if weight.group == "embedding" else 0)
+
+
+def _packed_bytes(spec: TensorSpec) -> int:
+    """Return the bytes of an initializer as the CPU's kernels hold it.
 
     onnxruntime repacks the codes of ``MatMulNBits`` [N, blocks, bytes] with a copy of the scales and one float32 sum a
     block, rows rounded up to 16, and lets go of the original codes; everything else stays as it is.
@@ -38,7 +52,7 @@ def _resident_bytes(spec: TensorSpec) -> int:
     return spec.nbytes + _FLOAT_BYTES * rows * blocks + _FLOAT_BYTES * -(-rows // 16) * 16 * blocks
 
 
-def _prefill_bytes(config: DecoderConfig) -> int:
+def _prefill_bytes(config: DecoderConfig, float_bytes: int) -> int:
     """Return the widest moment of a layer for one chunk, plus one row of logits.
 
     Alive at once: the residual stream and its normed copy, and either the projections around attention or gate and up
@@ -48,4 +62,4 @@ def _prefill_bytes(config: DecoderConfig) -> int:
     attention = (heads + config.num_attention_heads) * config.head_dim
     mlp = 5 * config.intermediate_size
     features = 2 * config.hidden_size + max(attention, mlp)
-    return _FLOAT_BYTES * (PREFILL_CHUNK_TOKENS * features + config.vocab_size)
+    return float_bytes * (PREFILL_CHUNK_TOKENS * features + config.vocab_size)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-from lamplighter_agent.package.manifest import Precision, TensorGroup
+import msgspec
+import numpy as np
+
+from lamplighter_agent.errors import ConfigError
+from lamplighter_agent.package.manifest import ExecutionProvider, Precision, TensorGroup
 from lamplighter_builder.components.embedding import FloatEmbedding, QuantizedEmbeddingFactory
 from lamplighter_builder.components.linear import ACCURACY_LEVEL, FloatLinear, QuantizedLinear
 from lamplighter_builder.graph import Graph
 from lamplighter_builder.models.decoder import Parts
 from lamplighter_builder.quantization.blockwise import BlockFormat
 from lamplighter_builder.quantization.scheme import Scheme, uniform_rtn
+from lamplighter_builder.targets import GraphTarget
 
-PrecisionName = Literal["int4", "int8", "fp32"]
+PrecisionName = Literal["int4", "int8", "fp16", "fp32"]
 INT4_FORMAT: Final = BlockFormat(bits=4, block_size=32, symmetric=True)
 INT8_FORMAT: Final = BlockFormat(bits=8, block_size=32, symmetric=True)
 """Blocks of 32 as in INT4: the kernel quantizes activations in blocks of the same size, and larger ones lose more there
@@ -34,13 +40,33 @@ def float_parts() -> Parts:
     return Parts(linear=linear, embedding=FloatEmbedding, head=linear)
 
 
-PRECISIONS: Final[Mapping[PrecisionName, Callable[[], Parts]]] = MappingProxyType(
-    {
-        "int4": lambda: quantized_parts(uniform_rtn(INT4_FORMAT)),
-        "int8": lambda: quantized_parts(uniform_rtn(INT8_FORMAT)),
-        "fp32": float_parts,
-    }
+_SCHEMES: Final[Mapping[PrecisionName, Scheme]] = MappingProxyType(
+    {"int4": uniform_rtn(INT4_FORMAT), "int8": uniform_rtn(INT8_FORMAT)}
 )
+
+
+def choose_parts(precision: PrecisionName, target: GraphTarget) -> Parts:
+    """Return the parts of a model of this precision for this target."""
+    if precision not in _SCHEMES:
+        return float_parts()
+    parts = quantized_parts(_SCHEMES[precision])
+    # DirectML has no kernel that looks rows of a quantized table up.
+    return dataclasses.replace(parts, embedding=FloatEmbedding) if target.provider == "dml" else parts
+
+
+def choose_target(precision: PrecisionName, provider: ExecutionProvider) -> GraphTarget:
+    """Return the target of a build.
+
+    Raises:
+        ConfigError: If the provider cannot compute in this precision.
+    """
+    if provider == "cuda" and precision == "fp32":
+        raise ConfigError(
+            "-p fp32 -e cuda: onnxruntime's attention for CUDA computes in float16 only",
+            hint="choose fp16, int8 or int4, or build fp32 for the CPU",
+        )
+    half = provider != "cpu" and precision != "fp32"
+    return GraphTarget(provider, half_arithmetic=half, half_matrices=half or precision == "fp16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +75,44 @@ class _GroupKey:
 
     group: str
     format: BlockFormat | None
+    half: bool
 
 
-def describe_precision(name: PrecisionName, graph: Graph) -> Precision:
+def describe_precision(precision: PrecisionName, target: GraphTarget, graph: Graph) -> Precision:
     """Return each group of weights with its format and bytes.
 
     A group whose weights have several formats is listed once a format, as ``linear`` and ``linear.8bit-32``.
     """
     sizes: dict[_GroupKey, int] = {}
     for weight in graph.weights:
-        key = _GroupKey(weight.group, weight.format)
-        sizes[key] = sizes.get(key, 0) + sum(spec.nbytes for spec in weight.outputs)
+        stored = [target.stored(weight, spec) for spec in weight.outputs]
+        half = weight.format is None and stored[0].dtype == np.float16
+        key = _GroupKey(weight.group, weight.format, half)
+        sizes[key] = sizes.get(key, 0) + sum(spec.nbytes for spec in stored)
     groups: dict[str, TensorGroup] = {}
     for key, size in sizes.items():
-        group_name = key.group
-        if group_name in groups and key.format is not None:
-            group_name = f"{key.group}.{key.format.bits}bit-{key.format.block_size}"
-        elif group_name in groups:
-            group_name = f"{key.group}.float"
-        groups[group_name] = _describe(group_name, key.format, size)
-    return Precision(name=name, groups=tuple(groups.values()))
+        group = _describe(key, size, target)
+        name = group.name if group.name not in groups else f"{group.name}.{_format_name(key)}"
+        groups[name] = msgspec.structs.replace(group, name=name)
+    return Precision(name=precision, groups=tuple(groups.values()))
 
 
-def _describe(name: str, block_format: BlockFormat | None, size: int) -> TensorGroup:
-    if block_format is None:
-        return TensorGroup(name=name, dtype="float32", bits=32, length_bytes=size)
+def _describe(key: _GroupKey, size: int, target: GraphTarget) -> TensorGroup:
+    if key.format is None:
+        bits = 16 if key.half else 32
+        return TensorGroup(name=key.group, dtype=f"float{bits}", bits=bits, length_bytes=size)
     return TensorGroup(
-        name=name,
-        dtype=f"uint{block_format.bits}",
-        bits=block_format.bits,
-        block_size=block_format.block_size,
-        symmetric=block_format.symmetric,
-        accuracy_level=ACCURACY_LEVEL,
+        name=key.group,
+        dtype=f"uint{key.format.bits}",
+        bits=key.format.bits,
+        block_size=key.format.block_size,
+        symmetric=key.format.symmetric,
+        accuracy_level=ACCURACY_LEVEL if target.reads_accuracy_level else None,
         length_bytes=size,
     )
+
+
+def _format_name(key: _GroupKey) -> str:
+    if key.format is None:
+        return "float16" if key.half else "float32"
+    return f"{key.format.bits}bit-{key.format.block_size}"

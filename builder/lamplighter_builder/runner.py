@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -11,9 +12,10 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from lamplighter_agent.errors import BuildError
-from lamplighter_builder.graph import FloatArray
+from lamplighter_builder.graph import Array, FloatArray
 
 IntArray = npt.NDArray[np.int64]
+_CACHE_DTYPES: Final[Mapping[str, npt.DTypeLike]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _LOAD_ERRORS: Final = (
     ort.Fail,
     ort.InvalidArgument,
@@ -26,10 +28,13 @@ _LOAD_ERRORS: Final = (
 
 
 class Cache(NamedTuple):
-    """Tokens seen and the arrays [B, heads, offset, head_dim] of every layer, by graph input name."""
+    """Tokens seen and the arrays [B, heads, offset, head_dim] of every layer, by graph input name.
+
+    The arrays are float32, or float16 in graphs for other providers than the CPU.
+    """
 
     offset: int
-    arrays: dict[str, FloatArray]
+    arrays: dict[str, Array]
 
 
 class Runner:
@@ -42,11 +47,18 @@ class Runner:
     def __init__(self, model: Path) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # The arena would keep what the longest step needed, for as long as the session lives.
+        options.enable_cpu_mem_arena = False
         try:
             self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except _LOAD_ERRORS as error:
             raise BuildError(f"{model}: onnxruntime cannot load it: {error}") from error
-        self._past = [node for node in self._session.get_inputs() if node.name.startswith("past_key_values.")]
+        inputs = self._session.get_inputs()
+        self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
+        self._has_positions = any(node.name == "position_ids" for node in inputs)
+        self._has_logits_start = any(
+            node.name == "logits_start" for node in self._session.get_overridable_initializers()
+        )
         self._outputs = [node.name for node in self._session.get_outputs()]
         overridable = {node.name for node in self._session.get_overridable_initializers()}
         self._has_rope_tokens = "rope_tokens" in overridable
@@ -56,7 +68,7 @@ class Runner:
         return Cache(
             0,
             {
-                node.name: np.zeros((batch_size, node.shape[1], 0, node.shape[3]), dtype=np.float32)
+                node.name: np.zeros((batch_size, node.shape[1], 0, node.shape[3]), dtype=_CACHE_DTYPES[node.type])
                 for node in self._past
             },
         )
@@ -83,18 +95,24 @@ class Runner:
             Logits float32 [B, n, V] and the cache after the tokens.
         """
         total = cache.offset + tokens.shape[1]
-        feeds: dict[str, npt.NDArray[np.int64] | FloatArray] = {
+        feeds: dict[str, Array] = {
             "input_ids": tokens,
             "attention_mask": np.ones((tokens.shape[0], total), dtype=np.int64) if mask is None else mask,
             **cache.arrays,
         }
-        if logits_start is not None:
+        if self._has_positions:
+            positions = np.arange(cache.offset, total, dtype=np.int64)
+            feeds["position_ids"] = np.broadcast_to(positions, tokens.shape).copy()
+        if logits_start is not None and self._has_logits_start:
             feeds["logits_start"] = np.array([logits_start], dtype=np.int64)
         if self._has_rope_tokens:
             feeds["rope_tokens"] = np.array([rope_tokens], dtype=np.int64)
         results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         arrays = {name: results[name.replace("past_key_values", "present")] for name in cache.arrays}
-        return results["logits"], Cache(total, arrays)
+        logits = results["logits"].astype(np.float32, copy=False)
+        if logits_start is not None and not self._has_logits_start:
+            logits = logits[:, logits_start:]
+        return logits, Cache(total, arrays)
 
     def greedy(self, prompt: list[int], count: int, eos: frozenset[int] = frozenset()) -> list[GreedyToken]:
         """Return up to ``count`` most likely tokens after ``prompt``; the last one may be an end token."""

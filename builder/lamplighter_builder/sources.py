@@ -50,12 +50,13 @@ def _open_model(model: str, cache: Path | None) -> Checkpoint:
     return HuggingFaceCheckpoint(_download(model, cache))
 
 
-def default_name(path: Path, precision: str) -> str:
-    """Return a package name made from the checkpoint's file name and the precision."""
+def default_name(path: Path, precision: str, execution_provider: str = "cpu") -> str:
+    """Return a package name made from the checkpoint's file name, the precision and a provider other than the CPU."""
     stem = path.resolve().stem if path.suffix.lower() == ".gguf" else path.resolve().name
     stem = _QUANTIZATION_SUFFIX.sub("", stem)
     name = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-.")
-    return f"{name or 'model'}-{precision}"
+    provider = "" if execution_provider == "cpu" else f"-{execution_provider}"
+    return f"{name or 'model'}-{precision}{provider}"
 
 
 def read_chat_format(path: Path) -> ChatFormat:

@@ -20,7 +20,7 @@ from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.gguf import GgufCheckpoint
 from lamplighter_builder.graph import Graph
 from lamplighter_builder.package_writer import PackageWriter
-from lamplighter_builder.precision import INT4_FORMAT, INT8_FORMAT, describe_precision, quantized_parts
+from lamplighter_builder.precision import INT4_FORMAT, INT8_FORMAT, choose_target, describe_precision, quantized_parts
 from lamplighter_builder.progress import SilentProgress
 from lamplighter_builder.quantization.scheme import MatrixRecipe, uniform_rtn
 from lamplighter_builder.registry import find_architecture
@@ -180,8 +180,11 @@ def test_a_scheme_gives_each_layer_a_format_of_its_own(tiny_checkpoint: Path) ->
     config = HuggingFaceCheckpoint(tiny_checkpoint).config
     architecture = find_architecture("llama")
     graph = Graph("mixed")
-    architecture.model(architecture.read_config(config), quantized_parts(scheme)).build(graph)
-    groups = {group.name: (group.bits, group.length_bytes) for group in describe_precision("int4", graph).groups}
+    architecture.make(config, quantized_parts(scheme)).build(graph)
+    groups = {
+        group.name: (group.bits, group.length_bytes)
+        for group in describe_precision("int4", choose_target("int4", "cpu"), graph).groups
+    }
     assert groups["linear.8bit-32"] == (8, 2 * (64 * 96 + 64 * 3 * 4))
     assert groups["linear"][0] == 4
 

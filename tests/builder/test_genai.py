@@ -22,7 +22,7 @@ def manifest_of(package: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny_checkpoint", "untied_checkpoint"])
-@pytest.mark.parametrize("precision", ["int4", "int8", "fp32"])
+@pytest.mark.parametrize("precision", ["int4", "int8", "fp16", "fp32"])
 def test_greedy_tokens_are_the_self_tests(
     checkpoint: str, precision: PrecisionName, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

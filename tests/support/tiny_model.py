@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lamplighter_agent.package.manifest import ExecutionProvider
 from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.precision import PrecisionName
@@ -119,8 +120,11 @@ def build_tiny_package(
     *,
     name: str = "tiny",
     version: str = "1.0.0",
+    execution_provider: ExecutionProvider = "cpu",
 ) -> Path:
     """Build a package from a Hugging Face directory and return its directory."""
-    options = BuildOptions(output=output, precision=precision, name=name, version=version)
+    options = BuildOptions(
+        output=output, precision=precision, name=name, version=version, execution_provider=execution_provider
+    )
     build_package(HuggingFaceCheckpoint(checkpoint), options, SilentProgress())
     return output

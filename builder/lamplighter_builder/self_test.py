@@ -1,0 +1,60 @@
+"""Self-tests: prompts with the greedy tokens that the builder saw, by which a device tries a new package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
+from lamplighter_agent.package.manifest import GenerationDefaults, SelfTest
+from lamplighter_builder.progress import Progress
+from lamplighter_builder.runner import Runner
+
+_PROMPTS: Final = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Count from one to ten.",
+)
+_TOKENS: Final = 16
+_CLEAR_MARGIN: Final = 0.5
+"""Logits by which a token must lead for another CPU's kernels to be expected to choose it too."""
+
+
+def make_self_tests(
+    model: Path,
+    tokenizer: Tokenizer,
+    chat_format: ChatFormat | None,
+    generation: GenerationDefaults,
+    progress: Progress,
+) -> tuple[SelfTest, ...]:
+    """Run a written model on a few prompts and keep its greedy tokens.
+
+    Raises:
+        BuildError: If onnxruntime cannot load the model.
+    """
+    progress.stage("self-test", 1 + len(_PROMPTS))
+    runner = Runner(model)
+    progress.advance(1)
+    tests = []
+    for prompt in _PROMPTS:
+        tokens = _encode(prompt, tokenizer, chat_format)
+        greedy = runner.greedy(tokens, _TOKENS, frozenset(generation.eos_token_ids))
+        unclear = [index for index, chosen in enumerate(greedy) if chosen.margin < _CLEAR_MARGIN]
+        tests.append(
+            SelfTest(
+                prompt_tokens=tuple(tokens),
+                expected_tokens=tuple(chosen.token for chosen in greedy),
+                min_matching_tokens=unclear[0] if unclear else len(greedy),
+            )
+        )
+        progress.advance(1)
+    return tuple(tests)
+
+
+def _encode(prompt: str, tokenizer: Tokenizer, chat_format: ChatFormat | None) -> list[int]:
+    if chat_format is None:
+        return list(tokenizer.encode(prompt).ids)
+    text = "".join(segment.text for segment in chat_format.render([ChatMessage("user", prompt)]))
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
