@@ -179,6 +179,12 @@ class UpdateDeadlineError(LamplighterError):
     exit_code = 11
 
 
+class WindowMissedError(UpdateDeadlineError):
+    """A package waited for its maintenance window for too long; the fleet must ask for it again."""
+
+    reason = "window_missed"
+
+
 class UpdateCutOffError(LamplighterError):
     """The same update was cut off by restarts too often to be tried again."""
 

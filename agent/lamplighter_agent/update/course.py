@@ -16,12 +16,13 @@ from lamplighter_agent.errors import (
     TrialFailedError,
     UpdateCancelledError,
     UpdateCutOffError,
-    UpdateDeadlineError,
+    WindowMissedError,
 )
 from lamplighter_agent.update.attempt import RISKY_STATES, Attempt
 from lamplighter_agent.update.hooks import UpdateHooks, UpdateOptions
 from lamplighter_agent.update.installed import InstalledPackage
 from lamplighter_agent.update.interrupt import Interrupt
+from lamplighter_agent.update.journal import UpdateRecord
 from lamplighter_agent.update.probation import Probation, ProbationBook
 from lamplighter_agent.update.states import Desired, PackageRef, UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
@@ -55,6 +56,14 @@ class Plan:
         """Return how long a request must wait for its window."""
         text = self.window_of(desired)
         return 0.0 if text is None else Window.parse(text).seconds_until_open(self.now().astimezone())
+
+    def waits_for_s(self, record: UpdateRecord) -> float:
+        """Return how long an update that waits has nothing to do: until its window opens or its patience ends."""
+        closed_s = self.closed_for_s(record.desired)
+        if record.waiting_since is None:
+            return closed_s
+        waited_s = (self.now() - record.waiting_since).total_seconds()
+        return max(0.0, min(closed_s, self.options.deadlines.waiting_s - waited_s))
 
 
 class Course:
@@ -156,15 +165,15 @@ class Course:
                 desired=attempt.desired,
             )
             self._probation.begin(probation)
-        self._store.activate(reference)
         try:
+            self._store.activate(reference)
             switch(self._hooks, reference, attempt.interrupt)
-        except Exception:
+        except Exception as error:
             # Whatever kept the service from switching, defects included, the link must not name what it does not run.
             if before != reference:
                 self._store.return_to(before)
                 self._probation.end()
-            attempt.switched_back = True
+            attempt.switched_back = not isinstance(error, StoreError)
             raise
 
     def _fail(self, attempt: Attempt, error: LamplighterError, known: set[PackageRef]) -> UpdateReport:
@@ -176,8 +185,8 @@ class Course:
         tried = attempt.step in RISKY_STATES and not passing
         if tried:
             attempt.remember_failure(error.message)
-        again = not tried and not cancelled and not isinstance(error, UpdateCutOffError)
-        report = attempt.finish(_end_of(attempt, error), error=error, again=again)
+        lasting = tried or cancelled or isinstance(error, UpdateCutOffError | WindowMissedError)
+        report = attempt.finish(_end_of(attempt, error), error=error, again=not lasting)
         if tried or attempt.step is UpdateState.VERIFYING:
             self._discard_new(attempt.desired.reference, known)
         if tried:
@@ -188,7 +197,7 @@ class Course:
         """Return why the update must wait, or None.
 
         Raises:
-            UpdateDeadlineError: If it has waited too long.
+            WindowMissedError: If it has waited too long.
         """
         if self._plan.closed_for_s(attempt.desired) == 0:
             return None
@@ -196,7 +205,10 @@ class Course:
         attempt.waiting_since = attempt.waiting_since or moment
         waited_s = (moment - attempt.waiting_since).total_seconds()
         if attempt.warning is None and waited_s > self._options.deadlines.waiting_s:
-            raise UpdateDeadlineError(f"{attempt.desired}: its window did not come in {waited_s / 86_400:.0f} days")
+            raise WindowMissedError(
+                f"{attempt.desired}: its window did not come in {waited_s / 86_400:.0f} days",
+                hint="ask for it again, with policy.urgent or another policy.window",
+            )
         return f"{attempt.desired} is here and waits for its window, {self._plan.window_of(attempt.desired)}"
 
     def _discard_new(self, reference: PackageRef, known: set[PackageRef]) -> None:

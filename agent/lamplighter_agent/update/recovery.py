@@ -35,47 +35,72 @@ class StartUp(NamedTuple):
     report: UpdateReport | None
 
 
+class Turn(NamedTuple):
+    """Another package takes the place of the one in use.
+
+    Attributes:
+        report: What there is to tell the fleet.
+        package: What is to serve now, as good as it is, or None if there is nothing. The store names it too, unless
+            its disk refused.
+    """
+
+    report: UpdateReport
+    package: PackageRef | None
+
+
 def start_up(store: Store, ledger: Ledger) -> StartUp:
     """Decide which package to run, before any is loaded: count the start, roll back and heal where needed.
 
     Whatever is wrong with the store, the best package that can be read is returned. The caller holds no lock.
     """
+    turn = None
     try:
         with store.lock():
-            report = end_failed_probation(store, ledger) if _count_start(store, ledger) else None
-            report = heal(store, ledger, thorough=False) or report
+            turn = end_failed_probation(store, ledger) if _count_start(store, ledger) else None
+            turn = heal(store, ledger, thorough=False) or turn
     except StoreError as error:
         logger.error("the store cannot be put in order: %s", error.message)  # noqa: TRY400
-        report = None
-    reference = store.in_use()
+    report, reference = (None, store.in_use()) if turn is None else turn
     if reference is None or not store.is_complete(reference):
         return StartUp(None, report)
     return StartUp(store.package(reference), report)
 
 
-def end_failed_probation(store: Store, ledger: Ledger) -> UpdateReport | None:
+def end_failed_probation(store: Store, ledger: Ledger) -> Turn | None:
     """Go back from the package on probation to the one before it, and remember that it failed.
 
-    The caller holds the store's lock, and switches the service where one runs.
+    The caller holds the store's lock, and switches the service where one runs. A disk that refuses is no reason to go
+    on with a package that fails: the next start comes here again. Where there is no other package, this one stays.
 
     Returns:
-        The report for the fleet, or None if no package is on probation.
-
-    Raises:
-        StoreError: If the file system refuses.
+        What serves now, or None if no package is on probation.
     """
     probation = ledger.probation.probation
     if probation is None:
         return None
     fallback = probation.before if probation.before and store.is_whole(probation.before) else None
     fallback = fallback or _best_other(store, probation.reference)
-    store.return_to(fallback)
     error = ProbationFailedError(
         f"{probation.reference} failed {probation.failures} times within its probation, the last time: "
-        f"{probation.last_failure}; {fallback or 'no package'} is in use instead",
+        f"{probation.last_failure}; {f'{fallback} is in use instead' if fallback else 'there is no other to use'}",
         hint="publish a repaired version; this one is tried again only with policy.retry_failed",
     )
-    report = _report(probation.desired, UpdateState.ROLLED_BACK, error, fallback)
+    state = UpdateState.FAILED if fallback is None else UpdateState.ROLLED_BACK
+    serving = fallback or probation.reference
+    report = _report(probation.desired, state, error, serving)
+    try:
+        if fallback is not None:
+            store.return_to(fallback)
+        _remember_failure(ledger, probation, report)
+        # Last: a power cut before this comes here again.
+        ledger.probation.end()
+    except StoreError as refused:
+        logger.error("the way back is not kept: %s", refused.message)  # noqa: TRY400
+    _note(ledger, probation, report)
+    return Turn(report, serving)
+
+
+def _remember_failure(ledger: Ledger, probation: Probation, report: UpdateReport) -> None:
     state = ledger.journal.read()
     failed = FailedVersion(
         reference=probation.reference, manifest_sha256=probation.manifest_sha256, message=probation.last_failure
@@ -84,13 +109,9 @@ def end_failed_probation(store: Store, ledger: Ledger) -> UpdateReport | None:
     if state.record is not None and state.record.desired == probation.desired:
         state = msgspec.structs.replace(state, record=UpdateRecord(desired=probation.desired, report=report))
     ledger.journal.write(state)
-    # Last: a power cut before this comes here again.
-    ledger.probation.end()
-    _note(ledger, probation, report)
-    return report
 
 
-def heal(store: Store, ledger: Ledger, *, thorough: bool) -> UpdateReport | None:
+def heal(store: Store, ledger: Ledger, *, thorough: bool) -> Turn | None:
     """Take another package into use if the one in use is damaged; the update that brought it is done again.
 
     The caller holds the store's lock, and switches the service where one runs.
@@ -101,7 +122,7 @@ def heal(store: Store, ledger: Ledger, *, thorough: bool) -> UpdateReport | None
         thorough: Hash every file; otherwise look at lengths only, which takes no time at a start.
 
     Returns:
-        The report for the fleet, or None if nothing was damaged.
+        What serves now, or None if nothing was damaged.
 
     Raises:
         StoreError: If the file system refuses.
@@ -132,7 +153,7 @@ def heal(store: Store, ledger: Ledger, *, thorough: bool) -> UpdateReport | None
     entry = AuditEntry(event="damaged", package=str(desired), reason=error.reason, message=error.message)
     ledger.audit.write(entry)
     logger.error("%s", error.message)
-    return report
+    return Turn(report, fallback or damaged)
 
 
 def _count_start(store: Store, ledger: Ledger) -> bool:

@@ -77,7 +77,8 @@ class Store:
         with storage_errors(f"opening the store in {self.root}"):
             for directory in (self.blobs.directory, self.packages_dir, self.prepared_dir, self.staging_dir):
                 make_directory(directory)
-            descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # Read-only, so that a disk that takes no writes any more does not keep the service from going back.
+            descriptor = os.open(self.root / ".lock", os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

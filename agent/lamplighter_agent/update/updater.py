@@ -33,7 +33,7 @@ from lamplighter_agent.update.interrupt import Interrupt
 from lamplighter_agent.update.journal import JournalState, UpdateRecord
 from lamplighter_agent.update.ledger import Ledger
 from lamplighter_agent.update.sources import Source
-from lamplighter_agent.update.states import Desired, PackageRef, UpdateOutcome, UpdateReport, UpdateState
+from lamplighter_agent.update.states import Desired, PackageRef, UpdateOutcome, UpdateState
 from lamplighter_agent.update.store import Store
 from lamplighter_agent.update.trust import TrustedRepository
 
@@ -150,7 +150,7 @@ class Updater:
         record = self._ledger.journal.read().record
         if record is None or record.report.state is not UpdateState.WAITING:
             return None
-        return self._plan.closed_for_s(record.desired)
+        return self._plan.waits_for_s(record)
 
     def pull(self, reference: PackageRef, *, interrupt: Interrupt | None = None) -> InstalledPackage:
         """Bring a package onto this device, verified, without trying or activating it.
@@ -229,12 +229,11 @@ class Updater:
             How that ended, or None if no package is on probation any more or there is nothing to switch to.
 
         Raises:
-            StoreError: If another update is at work on the store, or the file system refuses.
             LamplighterError: If the service could not switch; the next start uses the package before all the same.
         """
         with self._store.lock(), self._working(None) as interrupt:
-            report = recovery.end_failed_probation(self._store, self._ledger)
-            return self._follow_store(report, interrupt)
+            before = self._store.in_use()
+            return self._follow(recovery.end_failed_probation(self._store, self._ledger), before, interrupt)
 
     def heal(self) -> UpdateOutcome | None:
         """Check the package in use thoroughly; if it is damaged, switch to another one until `resume` has repaired it.
@@ -247,17 +246,20 @@ class Updater:
             LamplighterError: If the service could not switch; the next start uses the other package all the same.
         """
         with self._store.lock(), self._working(None) as interrupt:
-            return self._follow_store(recovery.heal(self._store, self._ledger, thorough=True), interrupt)
+            before = self._store.in_use()
+            return self._follow(recovery.heal(self._store, self._ledger, thorough=True), before, interrupt)
 
-    def _follow_store(self, report: UpdateReport | None, interrupt: Interrupt) -> UpdateOutcome | None:
-        if report is None:
+    def _follow(
+        self, turn: recovery.Turn | None, before: PackageRef | None, interrupt: Interrupt
+    ) -> UpdateOutcome | None:
+        if turn is None:
             return None
-        self._hooks.report(report)
-        reference = self._current_reference()
-        if reference is not None:
-            interrupt.limit(self._options.deadlines.activating_s, f"switching to {reference}")
-            switch(self._hooks, reference, interrupt)
-        return UpdateOutcome(report=report, changed=True)
+        self._hooks.report(turn.report)
+        changed = turn.package is not None and turn.package != before
+        if turn.package is not None and changed:
+            interrupt.limit(self._options.deadlines.activating_s, f"switching to {turn.package}")
+            switch(self._hooks, turn.package, interrupt)
+        return UpdateOutcome(report=turn.report, changed=changed)
 
     @contextmanager
     def _working(self, interrupt: Interrupt | None) -> Iterator[Interrupt]:
@@ -277,7 +279,7 @@ class Updater:
     def _is_settled(self, record: UpdateRecord) -> bool:
         """Return whether there is nothing to do for a request now."""
         if record.report.state is UpdateState.WAITING:
-            return self._plan.closed_for_s(record.desired) > 0
+            return self._plan.waits_for_s(record) > 0
         return record.report.state.is_final and not record.again
 
     def _raise_highest(self, state: JournalState, current: PackageRef | None) -> JournalState:
@@ -301,7 +303,11 @@ class Updater:
         self._ledger.audit.write(entry)
 
     def _tell_again(self, record: UpdateRecord) -> UpdateOutcome:
-        report = msgspec.structs.replace(record.report, active=self._active_text())
+        active = self._active_text()
+        report = msgspec.structs.replace(record.report, active=active)
+        if report.state is UpdateState.ACTIVE and active != str(record.desired):
+            # A rollback by hand that a power cut ended before it was written down.
+            report = msgspec.structs.replace(report, state=UpdateState.ROLLED_BACK, message=f"{active} is in use")
         self._hooks.report(report)
         return UpdateOutcome(report=report, changed=False)
 
