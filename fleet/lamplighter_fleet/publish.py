@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import msgspec
 from tuf.api.metadata import TargetFile
 
-from lamplighter_agent.errors import HashMismatchError, MissingFileError, PackageError
+from lamplighter_agent.errors import ConfigError, HashMismatchError, MissingFileError, PackageError, UnknownPackageError
 from lamplighter_agent.package.durable import make_directory, move, storage_errors, write_file
 from lamplighter_agent.package.hashing import digest_file, verify_file
-from lamplighter_agent.package.layout import MANIFEST_NAME
+from lamplighter_agent.package.layout import MANIFEST_NAME, check_name
 from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest, read_manifest_bytes
-from lamplighter_fleet.repository import Repository, Signed
+from lamplighter_agent.update.downgrade import DowngradePermission, read_permission, version_key
+from lamplighter_agent.update.states import PackageRef
+from lamplighter_fleet.repository import PublishedState, Repository, Signed
 
 _BLOCK_BYTES: Final = 1024 * 1024
 
@@ -109,6 +112,73 @@ def publish_package(
             files[path] = TargetFile.from_data(path, manifest_bytes, ["sha256"])
             signed = repository.sign_targets(files, before)
     return Publication(manifest.reference, digest, new_bytes, manifest.total_bytes - new_bytes, signed)
+
+
+def withdraw_package(reference: str, repository: Repository) -> Signed:
+    """Take a package off the list: no device takes it up any more. Its files stay, and so does what runs already.
+
+    Raises:
+        UnknownPackageError: If it is not published.
+        SignatureError: If the published metadata is not signed by these keys.
+        MetadataError: If the published metadata is damaged.
+        ConfigError: If a key cannot be used.
+        StoreError: If the repository cannot be written; what it showed it shows still.
+    """
+    with repository.lock():
+        before, files = _published_files(repository, reference)
+        del files[f"{reference}/{MANIFEST_NAME}"]
+        return repository.sign_targets(files, before)
+
+
+def allow_downgrade(reference: str, replaces: str, repository: Repository) -> Signed | None:
+    """Sign a permission for devices to go from a higher version of a package to this lower one.
+
+    Args:
+        reference: ``name/version`` of the lower one.
+        replaces: The higher version.
+        repository: Where both are published, and with which keys.
+
+    Returns:
+        The new metadata, or None if exactly this was permitted already.
+
+    Raises:
+        UnknownPackageError: If it is not published.
+        ConfigError: If the version is not higher, or a key cannot be used.
+        SignatureError: If the published metadata is not signed by these keys.
+        MetadataError: If the published metadata is damaged.
+        StoreError: If the repository cannot be written; what it showed it shows still.
+    """
+    package = PackageRef.parse(reference)
+    check_name(replaces, "version")
+    if version_key(replaces) <= version_key(package.version):
+        raise ConfigError(
+            f"{package.name}/{replaces} is not higher than {reference}",
+            hint="devices go to a higher version without a permission",
+        )
+    with repository.lock():
+        before, files = _published_files(repository, reference)
+        path = f"{reference}/{MANIFEST_NAME}"
+        known = read_permission(files[path].custom).replaces
+        if replaces in known:
+            return None
+        permission = DowngradePermission(replaces=(*known, replaces))
+        files[path].unrecognized_fields["custom"] = {"lamplighter": msgspec.to_builtins(permission)}
+        return repository.sign_targets(files, before)
+
+
+def _published_files(repository: Repository, reference: str) -> tuple[PublishedState, dict[str, TargetFile]]:
+    """Return what is published, with a list of targets to change.
+
+    Raises:
+        UnknownPackageError: If the package is not among them.
+    """
+    state = repository.published()
+    if state is None or f"{reference}/{MANIFEST_NAME}" not in state.targets.targets:
+        raise UnknownPackageError(
+            f"{reference} is not published in {repository.directory}",
+            hint="list what is: lamplighter-fleet packages",
+        )
+    return state, dict(state.targets.targets)
 
 
 def _verify_files(package: Path, manifest: Manifest) -> None:
