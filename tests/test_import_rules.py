@@ -78,7 +78,7 @@ def test_builder_layers_import_only_what_lies_below(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules(FLEET), ids=lambda p: str(p.relative_to(FLEET)))
 def test_fleet_imports_of_the_agent_only_formats_and_messages(path: Path) -> None:
-    allowed = ("errors", "extras", "package", "service.messages", "update.states", "__version__")
+    allowed = ("errors", "extras", "package", "service.messages", "update.states", "update.downgrade", "__version__")
     for line, name in imports(path):
         top, _, rest = name.partition(".")
         if top == "lamplighter_agent" and rest:
