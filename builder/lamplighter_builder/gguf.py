@@ -21,7 +21,7 @@ from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.gguf_architectures import EXPERT, GGUF_ARCHITECTURES, GgufArchitecture, GgufFacts
 from lamplighter_builder.gguf_blocks import EXACT_KINDS, exact_matrix
-from lamplighter_builder.gguf_file import GgufFile, GgufTensor, read_gguf
+from lamplighter_builder.gguf_file import GgufFile, GgufTensor, read_gguf, shortest_decimal
 from lamplighter_builder.gguf_rope import FACTOR_TENSORS
 from lamplighter_builder.gguf_tokenizer import tokenizer_json
 from lamplighter_builder.gguf_vocabulary import GgufVocabulary
@@ -72,7 +72,10 @@ class GgufCheckpoint(Checkpoint):
                 hint=f"supported are: {', '.join(sorted(GGUF_ARCHITECTURES))}",
             )
         tensors = _merge(self._files)
-        factors = {key: tuple(self._floats(tensors.pop(key)).tolist()) for key in FACTOR_TENSORS & tensors.keys()}
+        factors = {
+            key: tuple(shortest_decimal(factor) for factor in self._floats(tensors.pop(key)).reshape(-1).tolist())
+            for key in FACTOR_TENSORS & tensors.keys()
+        }
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         self.config = Fields(architecture.config(GgufFacts(name, self._metadata, shapes, factors)), str(path))
         self._stored = dict(_hugging_face(tensors, architecture, self.config))

@@ -76,6 +76,11 @@ def read_gguf(path: Path) -> GgufFile:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def shortest_decimal(value: float) -> float:
+    """Return what a ``config.json`` says for a float32: 1e-05 instead of 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
 class _Reader:
     """Reads the header front to back and never asks for more bytes than the file has left."""
 
@@ -161,8 +166,7 @@ class _Reader:
         if code is None:
             raise CheckpointError(f"{self._path}: {self._where} is of the unknown type {kind}")
         value: float = struct.unpack("<" + code, self._bytes(struct.calcsize("<" + code)))[0]
-        # The shortest decimal that is this float32, as the config.json had it: 1e-05, not 9.999999747378752e-06.
-        return float(str(np.float32(value))) if code == "f" else value
+        return shortest_decimal(value) if code == "f" else value
 
     def _array(self) -> list[object]:
         kind, count = self._integer("I"), self._integer("Q")
