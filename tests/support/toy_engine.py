@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -73,6 +75,10 @@ class ChecksumRunner:
         batches: Size of every decode batch, in order.
         fail_prefill: If set, a chunk that holds this token fails.
         fail_decode: If True, every decode step fails.
+        drafts: Number of tokens of every verified draft step, in order.
+        inexact: Numbers of rows at which drafts are not verified in one step.
+        seconds_per_token: What a token of a prompt takes, as told to ``on_prefill``.
+        on_prefill: Called with the seconds that a chunk takes.
     """
 
     def __init__(self, plan: MemoryPlan, *, moves_keys: bool = True) -> None:
@@ -86,11 +92,16 @@ class ChecksumRunner:
         self.batches: list[int] = []
         self.fail_prefill: int | None = None
         self.fail_decode = False
+        self.drafts: list[int] = []
+        self.inexact: set[int] = set()
+        self.seconds_per_token = 0.0
+        self.on_prefill: Callable[[float], None] = lambda seconds: None
 
     def prefill(self, slot: int, tokens: list[int]) -> NDArray[np.float32]:
         if self.fail_prefill in tokens:
             raise EngineError("the checksum runner fails")
         self.prefills.append(len(tokens))
+        self.on_prefill(len(tokens) * self.seconds_per_token)
         for token in tokens:
             self._append(slot, token)
         return self._logits(slot)
@@ -105,6 +116,20 @@ class ChecksumRunner:
         for slot, token in enumerate(tokens):
             self._append(slot, token)
         return np.stack([self._logits(slot) for slot in range(len(tokens))])
+
+    def exactness(self, rows: int) -> bool | None:
+        return rows not in self.inexact
+
+    def verify(self, tokens: list[int]) -> NDArray[np.float32]:
+        if self.fail_decode:
+            raise EngineError("the checksum runner fails")
+        assert len(tokens) not in self.inexact
+        self.drafts.append(len(tokens))
+        rows = []
+        for token in tokens:
+            self._append(0, token)
+            rows.append(self._logits(0))
+        return np.stack(rows)
 
     def _append(self, slot: int, token: int) -> None:
         offset = self.cache.offset(slot)

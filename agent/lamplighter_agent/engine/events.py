@@ -47,6 +47,8 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
         decode_s: From the first token to the last.
         prompt_tokens_per_s: Prompt tokens computed, by ``prefill_s``.
         generated_tokens_per_s: Tokens after the first, by ``decode_s``.
+        drafted_tokens: Tokens that speculation guessed.
+        accepted_tokens: Those of them that became part of the text.
     """
 
     queue_s: float
@@ -55,6 +57,8 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float
     prompt_tokens_per_s: float
     generated_tokens_per_s: float
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TextDelta(msgspec.Struct, frozen=True, tag=True):

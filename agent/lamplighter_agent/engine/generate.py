@@ -120,6 +120,7 @@ class Engine:
             vocab_size=min(manifest.model.vocab_size, tokenizer.vocab_size),
             max_queued_requests=options.max_queued_requests,
             prefixes=self.prefixes if plan.prefix_cache_bytes else None,
+            speculation=options.speculation,
         )
         self._numbers = itertools.count(1)
         self._inboxes: dict[str, deque[Event]] = {}

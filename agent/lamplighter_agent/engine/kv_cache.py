@@ -10,6 +10,7 @@ The buffers never move, so the model's bindings to them stay valid for the life 
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from collections.abc import Iterable
@@ -19,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamplighter_agent.engine.rotation import KeyRotation
+from lamplighter_agent.engine.shared_pages import SharedPages
 from lamplighter_agent.errors import MemoryBudgetError
 from lamplighter_agent.package.manifest import CacheDtype, ModelFacts
 
 CacheArray = NDArray[np.float32 | np.int8]
-
-_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class KVCache:
         rotations: How the keys of each layer move to other positions; None if they cannot.
 
     Attributes:
-        buffers: Arrays [slots, heads, capacity, head_dim]: key and value of layer 0, of 1, …
+        buffers: Arrays [slots, heads, rows, head_dim], rows >= capacity: key and value of layer 0, of 1, …
 
     Raises:
         MemoryBudgetError: If the system refuses the address space.
@@ -88,10 +88,15 @@ class KVCache:
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
         self._slid_at: list[int | None] = [None] * slots
         self._rope_tokens = [0] * slots
-        shape = (slots, spec.heads, capacity, spec.head_dim)
-        length = slots * spec.heads * capacity * spec.head_dim * spec.numpy_dtype.itemsize
+        row_bytes = spec.heads * spec.head_dim * spec.numpy_dtype.itemsize
+        # A slot is a whole number of pages, so that it can be given back and mirrored alone.
+        rows = -(-capacity // _rows_in_pages(row_bytes)) * _rows_in_pages(row_bytes)
+        self._shape = (spec.heads, rows, spec.head_dim)
+        self._slot_bytes = row_bytes * rows
+        length = slots * self._slot_bytes
         try:
-            self._maps = [mmap.mmap(-1, length, flags=_PRIVATE) for _ in range(2 * spec.layers)]
+            self._pages = SharedPages(2 * spec.layers * length)
+            self._maps = [self._pages.map(index * length, length) for index in range(2 * spec.layers)]
         except (OSError, ValueError) as error:
             raise MemoryBudgetError(
                 f"the system refused {2 * spec.layers * length} bytes of address space for the KV cache: {error}",
@@ -102,7 +107,26 @@ class KVCache:
                 # Huge pages would commit 2 MiB for the first token of every head.
                 region.madvise(mmap.MADV_NOHUGEPAGE)
         self.buffers: tuple[CacheArray, ...] = tuple(
-            np.frombuffer(region, dtype=spec.numpy_dtype).reshape(shape) for region in self._maps
+            np.frombuffer(region, dtype=spec.numpy_dtype).reshape(slots, *self._shape) for region in self._maps
+        )
+        self._mirror_maps: list[mmap.mmap] = []
+
+    def mirrors(self, rows: int) -> tuple[CacheArray, ...]:
+        """Return arrays like ``buffers`` with ``rows`` rows, each of which is the memory of slot 0.
+
+        A page that is reached through several rows counts as often in this process's resident size, but is there once.
+        Call it once: the arrays stay valid for the life of the cache.
+
+        Raises:
+            OSError: If the system refuses the address space, or cannot map memory several times.
+        """
+        length = self.slots * self._slot_bytes
+        self._mirror_maps = [
+            self._pages.repeat(index * length, self._slot_bytes, rows) for index in range(len(self._maps))
+        ]
+        return tuple(
+            np.frombuffer(region, dtype=self.spec.numpy_dtype).reshape(rows, *self._shape)
+            for region in self._mirror_maps
         )
 
     def offset(self, slot: int) -> int:
@@ -228,10 +252,10 @@ class KVCache:
         self._rope_tokens[slot] = 0
         if sys.platform != "linux":
             return
-        length = self.spec.heads * self.capacity * self.spec.head_dim * self.spec.numpy_dtype.itemsize
-        # Only whole pages inside the slot: a page shared with a neighbour stays.
-        start = -(-slot * length // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (slot + 1) * length // mmap.PAGESIZE * mmap.PAGESIZE
-        if end > start:
-            for region in self._maps:
-                region.madvise(mmap.MADV_DONTNEED, start, end - start)
+        for region in self._maps:
+            region.madvise(mmap.MADV_REMOVE, slot * self._slot_bytes, self._slot_bytes)
+
+
+def _rows_in_pages(row_bytes: int) -> int:
+    """Return the fewest rows of ``row_bytes`` bytes that fill whole pages."""
+    return mmap.PAGESIZE // math.gcd(row_bytes, mmap.PAGESIZE)

@@ -25,6 +25,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         threads: Compute threads; None: one a physical core that this process may use.
         prefill_chunk_tokens: Prompt tokens computed at once; bounds how long other requests wait for a token.
         max_queued_requests: Requests waiting for a slot; more are refused as busy.
+        speculation: Guess tokens of a request that decodes alone from its text so far; the tokens are the same without.
         prefix_cache_bytes: Most bytes of the prefix cache; 0 switches it off; None: a share of what is free.
         prefix_disk_bytes: Most bytes of the prefixes that are kept on disk over a restart; 0 keeps none.
         pinned_prompts: System prompts that are computed when the package is loaded and stay in the prefix cache.
@@ -36,6 +37,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     prefill_chunk_tokens: int = 128
     max_queued_requests: int = MAX_QUEUED_REQUESTS
+    speculation: bool = True
     prefix_cache_bytes: int | None = None
     prefix_disk_bytes: int = DEFAULT_PREFIX_DISK_BYTES
     pinned_prompts: tuple[str, ...] = ()

@@ -69,6 +69,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         logprobs: Report the log-probability of each token and of this many alternatives, 0 to 20; None reports none.
         cache_prompt: Use the prefix cache: take over what is computed of the prompt, and keep the tokens for later.
             Without it the text does not depend, by the last bits of a float, on what was asked before.
+        speculation: Guess tokens from the text so far and verify several in a step; the tokens are the same without.
         on_context_full: What to do when a slot's context is full: ``stop`` ends with ``length``; ``slide`` forgets the
             oldest tokens behind ``keep_tokens`` and goes on, also beyond the context.
         keep_tokens: Leading tokens that ``slide`` never forgets, at most half the context; None: the prompt's, up to a
@@ -111,6 +112,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     early_stopping: EarlyStopping | None = None
     logprobs: int | None = None
     cache_prompt: bool = True
+    speculation: bool = True
     on_context_full: Literal["stop", "slide"] = "stop"
     keep_tokens: int | None = None
     echo: bool = False

@@ -1,20 +1,35 @@
-"""Computes prefill chunks and batched decode steps: session and cache together, buffers allocated once.
+"""Computes prefill chunks, batched decode steps and drafts: session and cache together, buffers allocated once.
 
 The kernel takes several rows only for single-token steps, so a prompt is computed alone on its slot's row, and decode
 runs on the slots 0 to batch-1, which the scheduler keeps dense.
+
+A draft is verified as a decode step too: its tokens are rows of a batch whose caches are one and the same memory, slot
+0. The attention kernel writes the keys and values of all rows before it reads any, so each row sees those before it.
+Every row then goes through the kernels of a plain decode step, which the kernels for several tokens of one prompt do
+not match: their attention sums in another order, and the projections' 8-bit activations turn that last bit into tenths
+of a logit. What the order rests on is not taken on trust: see ``ModelRunner.verify``.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
 
-from lamplighter_agent.engine.kv_cache import KVCache
+from lamplighter_agent.engine.kv_cache import CacheArray, KVCache
 from lamplighter_agent.engine.session import Binding, FloatArray, IntArray, ModelSession
+from lamplighter_agent.engine.speculation import MAX_ROWS
+from lamplighter_agent.errors import EngineError
+
+logger = logging.getLogger(__name__)
 
 _MASK_STEP_TOKENS: Final = 256
 """The bound attention mask is longer than needed by up to this, so that most steps only write one number into it."""
+
+_SHORT_CONTEXT_BITS: Final = 9
+"""Contexts of fewer than 512 tokens count as one case."""
 
 
 class ModelRunner:
@@ -28,17 +43,12 @@ class ModelRunner:
     def __init__(self, session: ModelSession, cache: KVCache) -> None:
         self._session = session
         self.cache = cache
-        self._width = session.io.logits_width
         self._prefill_bindings: dict[int, Binding] = {}
-        self._decode_bindings: dict[int, Binding] = {}
         self._ones: IntArray = np.ones((1, cache.capacity), dtype=np.int64)
         self._positions: IntArray = np.arange(cache.capacity, dtype=np.int64).reshape(1, -1)
-        self._decode_ids: IntArray = np.zeros((cache.slots, 1), dtype=np.int64)
-        self._decode_positions: IntArray = np.zeros((cache.slots, 1), dtype=np.int64)
-        self._decode_rope_tokens: IntArray = np.zeros(cache.slots, dtype=np.int64)
-        self._decode_logits: FloatArray = np.empty((cache.slots, 1, self._width), dtype=np.float32)
-        self._mask: IntArray = np.zeros((cache.slots, 0), dtype=np.int64)
-        self._masked = [0] * cache.slots
+        self._decode = _Step(session, cache.buffers, cache.capacity)
+        self._draft: _Step | None = None
+        self._exact: dict[tuple[int, int], bool] = {}
 
     def prefill(self, slot: int, tokens: list[int]) -> FloatArray:
         """Append tokens to a slot.
@@ -72,7 +82,7 @@ class ModelRunner:
             rows = tuple(buffer[slot : slot + 1] for buffer in self.cache.buffers)
             binding = self._prefill_bindings[slot] = self._session.bind(rows)
         start = start if self._session.io.has_logits_start else 0
-        logits: FloatArray = np.empty((1, count - start, self._width), dtype=np.float32)
+        logits: FloatArray = np.empty((1, count - start, self._session.io.logits_width), dtype=np.float32)
         binding.set_inputs(
             np.array([tokens], dtype=np.int64),
             self._ones[:, : past + count],
@@ -97,51 +107,137 @@ class ModelRunner:
         Raises:
             EngineError: If the runtime fails; offsets are unchanged.
         """
-        batch = len(tokens)
-        longest = self._write_inputs(tokens)
+        slots = range(len(tokens))
+        logits = self._decode.run(
+            tokens, [self.cache.offset(slot) for slot in slots], [self.cache.rope_tokens(slot) for slot in slots]
+        )
+        for slot, token in enumerate(tokens):
+            self.cache.advance(slot, (token,))
+        return logits
+
+    def exactness(self, rows: int) -> bool | None:
+        """Return whether ``verify`` gives the bits of ``decode`` at this number of rows; None if not yet known.
+
+        Kernels may work otherwise in longer contexts, so each doubling of the context is a case of its own.
+        """
+        return self._exact.get(self._case(rows))
+
+    def verify(self, tokens: list[int]) -> FloatArray:
+        """Append tokens to slot 0, all in one step, with the result of as many decode steps, bit for bit.
+
+        The first step of each case (``exactness``) is compared with decode steps, which then give the answer. In every
+        step the places that the rows are to fill are poisoned before: a row that was read before it was written would
+        show as NaN. Where bits differ, decode steps give the answer from then on.
+
+        Args:
+            tokens: 2 to ``MAX_ROWS`` token ids.
+
+        Returns:
+            float32 [len(tokens), logits width]: the logits behind each token; valid until the next call.
+
+        Raises:
+            EngineError: If the runtime fails; the offset is unchanged.
+        """
+        case = self._case(len(tokens))
+        known = self._exact.get(case)
+        logits = None if known is False else self._run_draft(tokens)
+        if known and logits is not None:
+            self.cache.advance(0, tokens)
+            return logits
+        singles = self._singly(tokens)
+        if known is not False:
+            self._exact[case] = logits is not None and bool(np.array_equal(logits, singles))
+            if not self._exact[case]:
+                logger.warning("no speculation with %d rows: the kernels do not give a decode step's bits", len(tokens))
+        return singles
+
+    def _case(self, rows: int) -> tuple[int, int]:
+        return rows, max((self.cache.offset(0) + rows).bit_length(), _SHORT_CONTEXT_BITS)
+
+    def _run_draft(self, tokens: list[int]) -> FloatArray | None:
+        """Run the step; None if it cannot be had here, or a row was read before it was written."""
+        past, rows = self.cache.offset(0), len(tokens)
+        if self.cache.spec.dtype != "float32":
+            return None  # 8-bit integers have no NaN to poison with
+        if self._draft is None:
+            try:
+                mirrors = self.cache.mirrors(MAX_ROWS)
+            except OSError as error:
+                logger.warning("no speculation: the cache's memory cannot be mapped several times: %s", error)
+                return None
+            self._draft = _Step(self._session, mirrors, self.cache.capacity)
+        for buffer in self.cache.buffers:
+            buffer[0, :, past : past + rows] = np.nan
+        logits = self._draft.run(tokens, range(past, past + rows), [self.cache.rope_tokens(0)] * rows)
+        return logits if np.isfinite(logits[:, 0]).all() else None
+
+    def _singly(self, tokens: list[int]) -> FloatArray:
+        past = self.cache.offset(0)
+        try:
+            return np.concatenate([self.decode([token]).copy() for token in tokens])
+        except EngineError:
+            self.cache.trim(0, self.cache.offset(0) - past)
+            raise
+
+
+class _Step:
+    """Input and output arrays of single-token steps, bound once for each number of rows.
+
+    Args:
+        session: The open model.
+        caches: Arrays [rows, heads, capacity, head_dim], key and value of each layer in turn.
+        capacity: Tokens that a row may hold.
+    """
+
+    def __init__(self, session: ModelSession, caches: tuple[CacheArray, ...], capacity: int) -> None:
+        self._session = session
+        self._caches = caches
+        self._capacity = capacity
+        rows = caches[0].shape[0]
+        self._bindings: dict[int, Binding] = {}
+        self._ids: IntArray = np.zeros((rows, 1), dtype=np.int64)
+        self._positions: IntArray = np.zeros((rows, 1), dtype=np.int64)
+        self._rope_tokens: IntArray = np.zeros(rows, dtype=np.int64)
+        self._logits: FloatArray = np.empty((rows, 1, session.io.logits_width), dtype=np.float32)
+        self._mask: IntArray = np.zeros((rows, 0), dtype=np.int64)
+        self._masked = [0] * rows
+
+    def run(self, tokens: Sequence[int], offsets: Sequence[int], rope_tokens: Sequence[int]) -> FloatArray:
+        """Compute one token a row behind ``offsets`` tokens; return float32 [len(tokens), logits width], reused."""
+        batch, longest = len(tokens), max(offsets) + 1
         if longest > self._mask.shape[1]:
             self._widen_mask(longest)
-        binding = self._decode_bindings.get(batch)
+        self._ids[:batch, 0] = tokens
+        self._positions[:batch, 0] = offsets
+        self._rope_tokens[:batch] = rope_tokens
+        for row, offset in enumerate(offsets):
+            self._mask_row(row, offset + 1)
+        binding = self._bindings.get(batch)
         if binding is None:
-            binding = self._decode_bindings[batch] = self._bind_decode(batch)
-        for slot in range(batch):
-            self._mask_slot(slot, self.cache.offset(slot) + 1)
+            binding = self._bindings[batch] = self._bind(batch)
         binding.run()
-        for slot, token_id in enumerate(tokens):
-            self.cache.advance(slot, (token_id,))
-        rows: FloatArray = self._decode_logits[:batch, 0]
+        rows: FloatArray = self._logits[:batch, 0]
         return rows
 
-    def _write_inputs(self, tokens: list[int]) -> int:
-        """Write ids and positions in place; return the tokens of the longest slot after this step."""
-        longest = 0
-        for slot, token_id in enumerate(tokens):
-            offset = self.cache.offset(slot)
-            self._decode_ids[slot, 0] = token_id
-            self._decode_positions[slot, 0] = offset
-            self._decode_rope_tokens[slot] = self.cache.rope_tokens(slot)
-            longest = max(longest, offset + 1)
-        return longest
-
     def _widen_mask(self, tokens: int) -> None:
-        width = min(-(-tokens // _MASK_STEP_TOKENS) * _MASK_STEP_TOKENS, self.cache.capacity)
-        self._mask = np.zeros((self.cache.slots, width), dtype=np.int64)
-        self._masked = [0] * self.cache.slots
+        width = min(-(-tokens // _MASK_STEP_TOKENS) * _MASK_STEP_TOKENS, self._capacity)
+        self._mask = np.zeros((self._mask.shape[0], width), dtype=np.int64)
+        self._masked = [0] * self._mask.shape[0]
         # The old mask is still bound there.
-        self._decode_bindings.clear()
+        self._bindings.clear()
 
-    def _mask_slot(self, slot: int, tokens: int) -> None:
-        """Make the slot's mask ``tokens`` ones: usually one more than in the step before."""
-        masked = self._masked[slot]
+    def _mask_row(self, row: int, tokens: int) -> None:
+        """Make the row's mask ``tokens`` ones: usually one more than in the step before."""
+        masked = self._masked[row]
         if masked < tokens:
-            self._mask[slot, masked:tokens] = 1
+            self._mask[row, masked:tokens] = 1
         else:
-            self._mask[slot, tokens:masked] = 0
-        self._masked[slot] = tokens
+            self._mask[row, tokens:masked] = 0
+        self._masked[row] = tokens
 
-    def _bind_decode(self, batch: int) -> Binding:
-        binding = self._session.bind(tuple(buffer[:batch] for buffer in self.cache.buffers))
-        binding.set_inputs(self._decode_ids[:batch], self._mask[:batch], self._decode_positions[:batch])
-        binding.set_rope_tokens(self._decode_rope_tokens[:batch])
-        binding.set_logits(self._decode_logits[:batch], start=0)
+    def _bind(self, batch: int) -> Binding:
+        binding = self._session.bind(tuple(cache[:batch] for cache in self._caches))
+        binding.set_inputs(self._ids[:batch], self._mask[:batch], self._positions[:batch])
+        binding.set_rope_tokens(self._rope_tokens[:batch])
+        binding.set_logits(self._logits[:batch], start=0)
         return binding

@@ -4,9 +4,10 @@ Each ``step`` computes at most one prefill chunk and one batched decode step, so
 token by one chunk, and a cancel or a deadline takes effect within a step.
 
 The slots in use are kept dense, those that decode first: ``0 … decoding-1`` decode together, the following ones are in
-prefill, one chunk a step, in turns of the oldest and the one with the least left. Chunks have a fixed size whatever
-else is running, and rows of a batch do not mix, so that a request's result depends on the others only as far as the
-kernels make it.
+prefill, one chunk a step, in turns of the oldest and the one with the least left. A chunk is smaller while others
+decode, so that it keeps their tokens waiting no longer than a bearable moment (``pace``). Rows of a batch do not mix,
+and the kernels give a token of a prompt the same bits in any chunk of at least two, so a request's result does not
+depend on what else is running. A request that decodes alone may be given several tokens a step (``speculation``).
 
 Every request reserves cache tokens from the plan's ``kv_tokens``: for prompt and ``max_tokens`` at its start; without
 ``max_tokens`` for the prompt and a block, which is extended while there is room. So the cache never exceeds the plan.
@@ -24,10 +25,12 @@ from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.intake import EXTENSION_TOKENS, Intake
 from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
+from lamplighter_agent.engine.pace import ChunkPace
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
 from lamplighter_agent.engine.sampling import Scorer
 from lamplighter_agent.engine.sequence import BeamSequence, Sequence
+from lamplighter_agent.engine.speculation import WIDTHS, Speculator, StepCosts
 from lamplighter_agent.engine.truncation import Logits
 from lamplighter_agent.errors import EngineError, RequestError
 from lamplighter_agent.package.manifest import GenerationDefaults
@@ -60,6 +63,12 @@ class Runner(Protocol):
     def decode(self, tokens: list[int]) -> Logits:
         """Append a token to each of the first slots and return a row of logits for each."""
 
+    def verify(self, tokens: list[int]) -> Logits:
+        """Append tokens to slot 0 and return a row of logits for each, the same as from ``decode`` one by one."""
+
+    def exactness(self, rows: int) -> bool | None:
+        """Return whether ``verify`` takes this many tokens in one step; None if the first time will tell."""
+
 
 class Scheduler:
     """Drives a runner for many requests. Not thread-safe: one thread calls everything.
@@ -72,6 +81,7 @@ class Scheduler:
         vocab_size: Tokens that may occur.
         max_queued_requests: Requests that may wait for a slot.
         prefixes: Where the tokens of ended requests are kept for later ones; None: nowhere.
+        speculation: Verify drafts from the text so far when one request decodes alone; changes no text.
         clock: Monotonic seconds; deadlines are on this clock.
 
     Attributes:
@@ -88,6 +98,7 @@ class Scheduler:
         vocab_size: int,
         max_queued_requests: int,
         prefixes: PrefixCache | None = None,
+        speculation: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -103,6 +114,8 @@ class Scheduler:
         self._reserved = 0
         self._oldest_turn = True
         self._closing: list[Event] = []
+        self._costs = StepCosts() if speculation else None
+        self._pace = ChunkPace(plan.prefill_chunk_tokens)
 
     @property
     def idle(self) -> bool:
@@ -230,8 +243,10 @@ class Scheduler:
             request.note_prompt_logits(rows, self.intake.vocab_size)
             logits: Logits = rows[-1]
         else:
-            tokens = sequence.remaining_prompt(self._plan.prefill_chunk_tokens)
+            tokens = sequence.remaining_prompt(self._pace.tokens(others_wait=self._decoding > 0))
+            begun = self._clock()
             logits = self._runner.prefill(slot, tokens)
+            self._pace.observe(len(tokens), self._clock() - begun)
         sequence.prefilled += len(tokens)
         return logits
 
@@ -260,13 +275,55 @@ class Scheduler:
         batch = self._slots[: self._decoding]
         if not batch:
             return
+        draft = self._draft(batch)
+        begun, telling = self._clock(), len(batch) == 1
         try:
-            logits = self._runner.decode([sequence.last_token for sequence in batch])
+            if draft:
+                # The first of its kind is computed in more than one way, and tells nothing about costs.
+                telling = bool(self._runner.exactness(1 + len(draft)))
+                logits = self._runner.verify([batch[0].last_token, *draft])
+            else:
+                logits = self._runner.decode([sequence.last_token for sequence in batch])
         except EngineError as error:
             for sequence in batch:
                 self._fail(sequence, error, events)
             return
+        if telling and self._costs is not None:
+            self._costs.observe(1 + len(draft), self._clock() - begun)
+        if draft:
+            self._take_draft(batch[0], draft, logits, events)
+            return
         self._take(batch, list(logits), events)
+        for sequence in batch:
+            if sequence.speculator is not None:
+                sequence.speculator.note([sequence.last_token])
+
+    def _draft(self, batch: list[Sequence]) -> list[int]:
+        """Return tokens that may come next for a request that decodes alone; none where it would not pay."""
+        sequence = batch[0]
+        if self._costs is None or len(batch) > 1 or not sequence.request.params.speculation:
+            return []
+        if sequence.speculator is None:
+            sequence.speculator = Speculator([*sequence.prompt, sequence.last_token], self._costs)
+        room = sequence.reserved - self._runner.cache.offset(0)
+        usable = tuple(rows for rows in WIDTHS if self._runner.exactness(rows) is not False)
+        draft = sequence.speculator.draft(min(room, sequence.limit - sequence.generated) - 1, usable)
+        sequence.request.drafted += len(draft)
+        return draft
+
+    def _take_draft(self, sequence: Sequence, draft: list[int], logits: Logits, events: list[Event]) -> None:
+        """Draw tokens as long as they agree with a draft; the cache keeps those alone."""
+        cache, drawn = self._runner.cache, list[int]()
+        cache.trim(0, len(draft))
+        for row, sequence.guess in zip(logits, [*draft, None], strict=True):
+            self._take([sequence], [row], events)
+            drawn.append(sequence.last_token)
+            if not self._holds(sequence) or sequence.last_token != sequence.guess:
+                break
+            cache.advance(0, [sequence.last_token])
+        sequence.guess = None
+        if sequence.speculator is not None:
+            sequence.speculator.note(drawn)
 
     def _take(self, batch: list[Sequence], logits: list[Logits], events: list[Event]) -> None:
         """Draw the next tokens: of sampled answers one by one, of beams those of a request together."""

@@ -22,6 +22,7 @@ from lamplighter_agent.engine.events import (
 )
 from lamplighter_agent.engine.params import MAX_SEED, GenerationParams
 from lamplighter_agent.engine.sampling import Sampler
+from lamplighter_agent.engine.speculation import Speculator
 from lamplighter_agent.engine.truncation import Logits, log_probability
 
 _CONTEXT_TOKENS = 8
@@ -50,6 +51,8 @@ class Request:
     Attributes:
         cached: Prompt tokens that were in the cache before and not computed.
         started_s: Monotonic time at which it got a slot.
+        drafted: Tokens that were guessed.
+        accepted: Those of them that were drawn then.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Request:
         self.limit = limit
         self.decoder = decoder
         self.cached = 0
+        self.drafted = 0
+        self.accepted = 0
         self.started_s = submitted_s
         self._submitted_s = submitted_s
         self._started = False
@@ -136,6 +141,8 @@ class Request:
             decode_s=decode_s,
             prompt_tokens_per_s=(prefilled - self.cached) / prefill_s if prefill_s > 0 else 0.0,
             generated_tokens_per_s=decoded / decode_s if decode_s > 0 else 0.0,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
         )
 
 
@@ -154,6 +161,8 @@ class Sequence:
         last_token: The token drawn last.
         slides: True if it goes on when its cache tokens are used up.
         keep: Leading tokens that are then kept.
+        speculator: Guesses its tokens, once it decodes alone.
+        guess: The next token, if it was guessed.
     """
 
     together = False
@@ -169,6 +178,8 @@ class Sequence:
         self.generated = 0
         self.reserved = 0
         self.last_token = -1
+        self.speculator: Speculator | None = None
+        self.guess: int | None = None
         self._input = request.prompt
         self._branched = self.width == 1
         self._index = index
@@ -253,6 +264,7 @@ class Sequence:
         self.generated += 1
         self.last_token = token_id
         self.request.note_token(now)
+        self.request.accepted += token_id == self.guess
         events: list[Event] = [] if self._echoed else [self.request.echo(self._index)]
         self._echoed = True
         if token_id in self.sampler.stop_ids:

@@ -28,7 +28,8 @@ def tokens(cache: KVCache, slot: int) -> list[float]:
 
 def test_buffers_have_the_layout_of_the_graph() -> None:
     cache = KVCache(SPEC, slots=3, capacity=10)
-    assert [buffer.shape for buffer in cache.buffers] == [(3, 3, 10, 4)] * 4
+    # 256 tokens of 48 bytes fill whole pages.
+    assert [buffer.shape for buffer in cache.buffers] == [(3, 3, 256, 4)] * 4
     assert all(buffer[1:2].flags.c_contiguous and buffer[:2].flags.c_contiguous for buffer in cache.buffers)
     assert all(not buffer.any() for buffer in cache.buffers)
 
@@ -86,6 +87,19 @@ def test_release_gives_memory_back_and_leaves_the_neighbours() -> None:
     for buffer in cache.buffers:
         assert buffer[0].all()
         assert buffer[2].all()
+
+
+def test_mirrors_are_slot_0_in_every_row() -> None:
+    cache = filled(capacity=300)
+    mirrors = cache.mirrors(4)
+    assert [mirror.shape for mirror in mirrors] == [(4, 3, 512, 4)] * 4
+    cache.buffers[1][0, 2, 299] = 7.0
+    assert (mirrors[1][:, 2, 299] == 7.0).all()
+    mirrors[2][3, 0, 5] = -3.0
+    assert (cache.buffers[2][0, 0, 5] == -3.0).all()
+    assert not (cache.buffers[2][1] == -3.0).any()
+    cache.release(0)
+    assert not mirrors[1].any()
 
 
 def _resident_bytes() -> int:

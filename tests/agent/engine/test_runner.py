@@ -1,0 +1,148 @@
+"""Kernels of the installed onnxruntime on a tiny model: what the engine's exactness rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from lamplighter_agent.engine.generate import Engine
+from lamplighter_agent.engine.kv_cache import CacheArray
+from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.runner import ModelRunner
+
+OPTIONS = EngineOptions(max_context_tokens=512, slots=4, threads=2)
+PROMPT = [*range(3, 60), *range(30, 50)]
+NEXT = [40, 41, 42, 43, 44, 45, 46, 47]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_package: Path) -> Iterator[Engine]:
+    loaded = Engine.load(tiny_package, options=OPTIONS)
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture
+def runner(engine: Engine) -> Iterator[ModelRunner]:
+    """A runner with the prompt in slot 0."""
+    fresh = ModelRunner(engine.session, engine.runner.cache)
+    fresh.prefill(0, PROMPT)
+    yield fresh
+    for slot in range(fresh.cache.slots):
+        fresh.cache.release(slot)
+
+
+def singly(runner: ModelRunner, tokens: list[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    rows = np.stack([runner.decode([token])[0].copy() for token in tokens])
+    runner.cache.trim(0, len(tokens))
+    return rows
+
+
+@pytest.mark.parametrize("rows", [2, 3, 4, 6, 8])
+def test_a_verified_draft_has_the_bits_of_decode_steps(runner: ModelRunner, rows: int) -> None:
+    tokens = NEXT[:rows]
+    expected = singly(runner, tokens)
+    assert runner.exactness(rows) is None
+    for known in (True, True):
+        assert np.array_equal(runner.verify(tokens), expected)
+        assert runner.exactness(rows) is known
+        assert runner.cache.offset(0) == len(PROMPT) + rows
+        after = runner.decode([50])[0].copy()
+        runner.cache.trim(0, rows + 1)
+        for token in tokens:
+            runner.decode([token])
+        assert np.array_equal(runner.decode([50])[0], after)
+        runner.cache.trim(0, rows + 1)
+
+
+def test_kernels_that_differ_in_one_bit_are_found_out(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = singly(runner, NEXT[:4])
+    original = ModelRunner._run_draft
+
+    def off_by_a_bit(self: ModelRunner, tokens: list[int]) -> object:
+        logits = original(self, tokens)
+        assert logits is not None
+        logits[2, 5] = np.nextafter(logits[2, 5], np.float32(9.0))
+        return logits
+
+    monkeypatch.setattr(ModelRunner, "_run_draft", off_by_a_bit)
+    assert np.array_equal(runner.verify(NEXT[:4]), expected)
+    assert runner.exactness(4) is False
+    assert runner.exactness(2) is None
+
+
+def test_a_row_that_is_read_before_it_is_written_is_found_out(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = singly(runner, NEXT[:3])
+    runner.verify(NEXT[:3])
+    runner.cache.trim(0, 3)
+    assert runner.exactness(3) is True
+
+    def unshared(rows: int) -> tuple[CacheArray, ...]:
+        # Rows with memory of their own: none sees the others' tokens, only the poison.
+        return tuple(np.repeat(buffer[:1], rows, axis=0) for buffer in runner.cache.buffers)
+
+    broken = ModelRunner(runner._session, runner.cache)
+    broken._exact = dict(runner._exact)
+    monkeypatch.setattr(runner.cache, "mirrors", unshared)
+    for buffer in runner.cache.buffers:
+        buffer[0, :, len(PROMPT) : len(PROMPT) + 3] = np.nan
+    assert np.array_equal(broken.verify(NEXT[:3]), expected)
+    assert broken.exactness(3) is False
+
+
+def test_without_memory_for_it_drafts_are_computed_singly(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = singly(runner, NEXT[:2])
+
+    def refuse(rows: int) -> tuple[CacheArray, ...]:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(runner.cache, "mirrors", refuse)
+    assert np.array_equal(runner.verify(NEXT[:2]), expected)
+    assert runner.exactness(2) is False
+
+
+def test_a_batch_has_the_bits_of_single_steps(runner: ModelRunner) -> None:
+    expected = [singly(runner, NEXT[:1])[0]]
+    for slot in range(1, 4):
+        runner.prefill(slot, PROMPT[: 20 * slot])
+        runner.cache.swap(0, slot)
+        expected.append(singly(runner, [NEXT[slot]])[0])
+        runner.cache.swap(0, slot)
+    for slots in (4, 3, 2):
+        batch = runner.decode(NEXT[:slots])
+        assert np.array_equal(batch, expected[:slots])
+        for slot in range(slots):
+            runner.cache.trim(slot, 1)
+
+
+@pytest.mark.parametrize("chunk", [2, 7, 16, 75])
+def test_a_prompt_in_chunks_has_the_bits_of_the_whole(runner: ModelRunner, chunk: int) -> None:
+    whole = runner.prefill(1, PROMPT)
+    parts = [PROMPT[start : start + chunk] for start in range(0, len(PROMPT), chunk)]
+    if len(parts[-1]) == 1:
+        parts[-2:] = [[*parts[-2], *parts[-1]]]
+    for part in parts:
+        last = runner.prefill(2, part)
+    assert np.array_equal(last, whole)
+    for buffer in runner.cache.buffers:
+        assert np.array_equal(buffer[1, :, : len(PROMPT)], buffer[2, :, : len(PROMPT)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_text_with_speculation_is_the_text_without(engine: Engine, temperature: float) -> None:
+    params = GenerationParams(max_tokens=150, temperature=temperature, seed=7, ignore_eos=True, repetition_penalty=1.02)
+    plain = msgspec.structs.replace(params, speculation=False)
+    prompt = [*PROMPT, *PROMPT, *PROMPT[:9]]
+    expected = [token.token_id for token in engine.generate(prompt, plain)]
+    for _ in range(2):
+        *tokens, last = engine.generate(prompt, params)
+        assert [token.token_id for token in tokens] == expected[:-1]
+        assert last.finished is not None
+        assert last.finished.usage.generated_tokens == 150
