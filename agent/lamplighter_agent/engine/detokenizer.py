@@ -32,6 +32,9 @@ class TextCodec(Decoder, Protocol):
     def token_text(self, token_id: int) -> str:
         """Return the text of one token, special tokens included."""
 
+    def to_json(self) -> str:
+        """Return the tokenizer as ``tokenizer.json`` has it."""
+
 
 class StreamingDetokenizer:
     """Turns tokens into text piece by piece; the pieces together are ``decoder.decode`` of all tokens.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import secrets
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -16,6 +17,9 @@ from lamplighter_agent.engine.sequence import BeamSequence, Request, Sequence
 from lamplighter_agent.engine.words import resolve_words
 from lamplighter_agent.errors import ContextOverflowError, RequestError
 from lamplighter_agent.package.manifest import GenerationDefaults
+
+if TYPE_CHECKING:
+    from lamplighter_agent.engine.guidance import Guide, Guides
 
 EXTENSION_TOKENS: Final = 256
 """Cache tokens that a request without ``max_tokens`` reserves at a time."""
@@ -42,6 +46,7 @@ class Intake:
         self._defaults = defaults
         self._plan = plan
         self.vocab_size = vocab_size
+        self._guides: Guides | None = None
 
     def sequence(
         self,
@@ -61,8 +66,6 @@ class Intake:
         params.validate()
         params.check_vocabulary(self.vocab_size)
         self.check_prompt(prompt)
-        if params.guided:
-            raise RequestError("guided generation is not supported yet", param="guided")
         params = params.with_defaults(self._defaults)
         room = self._plan.max_context_tokens - len(prompt)
         if params.on_context_full == "slide":
@@ -87,7 +90,7 @@ class Intake:
         """Return a sampler for checked options with the package's defaults filled in.
 
         Raises:
-            RequestError: If what is forced does not fit into ``limit``.
+            RequestError: If what is forced does not fit into ``limit``, or a grammar cannot be used.
         """
         eos = () if params.ignore_eos else self._defaults.eos_token_ids
         return Sampler(
@@ -97,8 +100,24 @@ class Intake:
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             vocab_size=self.vocab_size,
             words=resolve_words(params, self._codec, limit=limit),
-            hooks=Hooks(scorer),
+            hooks=Hooks(scorer, self._guide(params) if params.guided_by else None),
         )
+
+    def _guide(self, params: GenerationParams) -> Guide:
+        """Compile a grammar; the first one loads the grammar engine, which takes a second and memory."""
+        if self._guides is None:
+            if importlib.util.find_spec("llguidance") is None:
+                raise RequestError(
+                    "constrained output needs the Python package 'llguidance', which is not installed on this box",
+                    param=params.guided_by,
+                    hint="pip install 'lamplighter[guidance]'",
+                )
+            from lamplighter_agent.engine.guidance import Guides
+
+            self._guides = Guides(
+                self._codec.to_json(), vocab_size=self.vocab_size, eos_token_ids=self._defaults.eos_token_ids
+            )
+        return self._guides.guide(params)
 
     def first_tokens(self, sequence: Sequence) -> int:
         """Return the cache tokens that a request reserves at its start, for all of its answers."""

@@ -122,9 +122,10 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     deadline_s: float | None = None
 
     @property
-    def guided(self) -> bool:
-        """True if a grammar of any kind constrains the text."""
-        return not (self.guided_json is None and self.guided_regex is None and self.guided_grammar is None)
+    def guided_by(self) -> str | None:
+        """The option that constrains the text by a grammar, or None."""
+        given = _given_grammars(self)
+        return given[0] if given else None
 
     def validate(self) -> None:
         """Check every option's range and that the options agree with each other.
@@ -249,15 +250,7 @@ def _check_stops_and_bias(params: GenerationParams) -> None:
 
 
 def _check_guidance(params: GenerationParams) -> None:
-    given = [
-        name
-        for name, value in (
-            ("guided_json", params.guided_json),
-            ("guided_regex", params.guided_regex),
-            ("guided_grammar", params.guided_grammar),
-        )
-        if value is not None
-    ]
+    given = _given_grammars(params)
     if not given:
         return
     if len(given) > 1:
@@ -274,6 +267,15 @@ def _check_guidance(params: GenerationParams) -> None:
         raise RequestError(
             f"{given[0]} has {size} characters, but may have {MAX_GRAMMAR_CHARACTERS}", code=413, param=given[0]
         )
+
+
+def _given_grammars(params: GenerationParams) -> list[str]:
+    grammars = {
+        "guided_json": params.guided_json,
+        "guided_regex": params.guided_regex,
+        "guided_grammar": params.guided_grammar,
+    }
+    return [name for name, value in grammars.items() if value is not None]
 
 
 def _check_beams(params: GenerationParams) -> None:
@@ -295,9 +297,7 @@ def _check_beams(params: GenerationParams) -> None:
         "forced_prefix": bool(params.forced_prefix),
         "logprobs": params.logprobs is not None,
         "echo": params.echo,
-        "guided_json": params.guided_json is not None,
-        "guided_regex": params.guided_regex is not None,
-        "guided_grammar": params.guided_grammar is not None,
+        **dict.fromkeys(_given_grammars(params), True),
     }
     for name, given in unfit.items():
         if given:

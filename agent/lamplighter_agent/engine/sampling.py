@@ -150,7 +150,13 @@ class Sampler:
             place = self.history.generated + 1
             raise EngineError(f"the model gave logits that are not finite, at generated token {place}")
         self._force_at_the_limit()
-        token_id = self._forced.popleft() if self._forced else self._choose_or_force(raw)
+        if self._forced:
+            token_id = self._forced.popleft()
+        elif self._constraint is not None and self._constraint.complete:
+            # A complete text ends, whatever min_tokens or a bias says.
+            token_id = min(self.stop_ids)
+        else:
+            token_id = self._choose_or_force(raw)
         self.history.append(token_id)
         if self._constraint is not None and token_id not in self.stop_ids:
             self._constraint.accept(token_id)

@@ -116,6 +116,10 @@ class PackageTokenizer:
         """Return the text of one token, special tokens included; bytes that are no text show as U+FFFD."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
+    def to_json(self) -> str:
+        """Return the tokenizer as ``tokenizer.json`` has it."""
+        return str(self._tokenizer.to_str())
+
     def _encode_guarded(self, segments: list[Segment]) -> list[int]:
         ids: list[int] = []
         run = ""
