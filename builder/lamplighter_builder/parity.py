@@ -39,11 +39,15 @@ class Parity:
 
 
 class Reference:
-    """A checkpoint run by transformers in float32."""
+    """A checkpoint run by transformers in float32.
+
+    Attributes:
+        model: The model.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
-        self._model.train(mode=False)
+        self.model = model
+        self.model.train(mode=False)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -64,13 +68,13 @@ class Reference:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
-        return int(self._model.config.vocab_size)
+        return int(self.model.config.vocab_size)
 
     def logits(self, tokens: IntArray, mask: IntArray | None = None) -> FloatArray:
         """Return float32 [B, S, V] for int64 tokens [B, S]; ``mask`` marks the real ones with 1."""
         with torch.no_grad():
             attention_mask = None if mask is None else torch.from_numpy(mask)
-            result = self._model(input_ids=torch.from_numpy(tokens), attention_mask=attention_mask)
+            result = self.model(input_ids=torch.from_numpy(tokens), attention_mask=attention_mask)
         logits: FloatArray = result.logits.float().numpy()
         return logits
 
@@ -81,7 +85,7 @@ class Reference:
             step = torch.tensor([list(prompt)])
             past = None
             for _ in range(count):
-                result = self._model(input_ids=step, past_key_values=past, use_cache=True)
+                result = self.model(input_ids=step, past_key_values=past, use_cache=True)
                 past = result.past_key_values
                 found.append(int(result.logits[0, -1].argmax()))
                 step = torch.tensor([found[-1:]])

@@ -15,6 +15,7 @@ from lamplighter_agent.errors import ConfigError
 from lamplighter_agent.package.manifest import ExecutionProvider, Precision, TensorGroup
 from lamplighter_builder.components.embedding import FloatEmbedding, QuantizedEmbeddingFactory
 from lamplighter_builder.components.linear import ACCURACY_LEVEL, FloatLinear, QuantizedLinear
+from lamplighter_builder.components.moe import FloatExperts, QuantizedExperts
 from lamplighter_builder.graph import Graph
 from lamplighter_builder.models.decoder import Parts
 from lamplighter_builder.quantization.blockwise import BlockFormat
@@ -31,13 +32,14 @@ than the scales cost (one bit a weight). ``Q8_0`` blocks are of this format too.
 def quantized_parts(scheme: Scheme) -> Parts:
     """Return parts whose matrices are quantized as the scheme says; a tied head shares the embedding's bytes."""
     linear = QuantizedLinear(scheme)
-    return Parts(linear=linear, embedding=QuantizedEmbeddingFactory(scheme), head=linear)
+    embedding, experts = QuantizedEmbeddingFactory(scheme), QuantizedExperts(scheme)
+    return Parts(linear=linear, embedding=embedding, head=linear, experts=experts)
 
 
 def float_parts() -> Parts:
     """Return parts whose matrices are floats."""
     linear = FloatLinear()
-    return Parts(linear=linear, embedding=FloatEmbedding, head=linear)
+    return Parts(linear=linear, embedding=FloatEmbedding, head=linear, experts=FloatExperts())
 
 
 _SCHEMES: Final[Mapping[PrecisionName, Scheme]] = MappingProxyType(

@@ -10,9 +10,19 @@ from typing import Any, Final
 from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_builder.models.decoder import Architecture
 
-MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType(
-    {name: name for name in ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")}
+_FAMILIES: Final = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "phi",
+    "phi3",
+    "phimoe",
+    "qwen2",
+    "qwen3",
 )
+MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType({name: name for name in _FAMILIES})
 
 
 def find_architecture(model_type: str) -> Architecture[Any]:

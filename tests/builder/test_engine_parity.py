@@ -15,7 +15,7 @@ from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_builder.parity import Reference
 from lamplighter_builder.precision import PrecisionName
-from support.families import FAMILIES, LONG_ROPE, LONG_ROPE_SWITCH, write_family_checkpoint
+from support.families import FAMILIES, LONG_ROPE, LONG_ROPE_SWITCH, load_reference, write_family_checkpoint
 from support.parity_depths import random_tokens
 from support.tiny_model import build_tiny_package
 
@@ -75,7 +75,7 @@ def assert_greedy(reference: Reference, prompt: list[int], generated: list[int])
 
 def test_requests_together_get_the_tokens_of_transformers(checkpoint: Path, engine: Engine) -> None:
     torch.set_num_threads(2)
-    reference = Reference.load(checkpoint)
+    reference = load_reference(checkpoint)
     found = run_together(engine, PROMPTS)
     assert all(len(generated) == GENERATED for generated in found)
     for prompt, generated in zip(PROMPTS, found, strict=True):
@@ -110,7 +110,7 @@ def test_text_planned_across_the_switch_has_long_factors_from_its_start(checkpoi
     assert len(prompt) < LONG_ROPE_SWITCH < len(prompt) + 40
     params = GenerationParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     generated, _ = run(engine, prompt, params)
-    assert_greedy(Reference.load(checkpoint), prompt, generated)
+    assert_greedy(load_reference(checkpoint), prompt, generated)
 
 
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
@@ -118,12 +118,12 @@ def test_text_without_a_limit_is_planned_for_the_whole_context(checkpoint: Path,
     params = GenerationParams(temperature=0.0, ignore_eos=True)
     generated, end = run(engine, PROMPTS[0], params)
     assert (end.finish_reason, len(generated)) == ("length", 256 - len(PROMPTS[0]))
-    assert_greedy(Reference.load(checkpoint), PROMPTS[0], generated)
+    assert_greedy(load_reference(checkpoint), PROMPTS[0], generated)
 
 
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
 def test_keys_of_short_factors_are_not_reused_for_a_long_prompt(checkpoint: Path, engine: Engine) -> None:
-    reference, whole = Reference.load(checkpoint), PROMPTS[2]
+    reference, whole = load_reference(checkpoint), PROMPTS[2]
     run(engine, whole[:40])
     generated, end = run(engine, whole)
     assert end.usage.cached_tokens == 0

@@ -17,7 +17,7 @@ from lamplighter_builder.progress import SilentProgress
 from lamplighter_builder.quantization.blockwise import BlockFormat
 from lamplighter_builder.quantization.rtn import quantize_rtn
 from lamplighter_builder.runner import IntArray, Runner
-from support.families import FAMILIES, write_family_checkpoint
+from support.families import FAMILIES, load_reference, write_family_checkpoint
 from support.parity_depths import DEPTHS, VOCAB, random_tokens
 from support.tiny_model import build_tiny_package
 
@@ -43,7 +43,7 @@ def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(checkpoint: Path) -> Reference:
     torch.set_num_threads(2)
-    return Reference.load(checkpoint)
+    return load_reference(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +71,24 @@ def test_logits_start_leaves_out_the_rows_before_it(reference: Reference, runner
 
 @pytest.mark.parametrize(("precision", "block_format"), [("int4", INT4_FORMAT), ("int8", INT8_FORMAT)])
 def test_quantized_package_equals_its_own_dequantized_weights(
-    checkpoint: Path, precision: PrecisionName, block_format: BlockFormat, tmp_path: Path
+    family: str, checkpoint: Path, precision: PrecisionName, block_format: BlockFormat, tmp_path: Path
 ) -> None:
     package = build_tiny_package(checkpoint, tmp_path / "package", precision)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(torch.from_numpy(quantize_rtn(parameter.numpy(), block_format).dequantize()))
+        for name, parameter in model.named_parameters():
+            # The experts of a layer are one tensor; a router stays as it is.
+            if parameter.dim() > 1 and "router" not in name:
+                for matrix in parameter.reshape(-1, *parameter.shape[-2:]):
+                    matrix.copy_(torch.from_numpy(quantize_rtn(matrix.numpy(), block_format).dequantize()))
     reference, prompt = Reference(model), random_tokens(1, 60)
     # Accuracy level 4 quantizes activations to int8, with steps of 1/127 of the largest in each block of 32. These
     # models' wide random weights carry that into the logits as some hundredths of a nat.
-    assert compare_logits(reference.logits(prompt), run_whole(package, prompt)).kl_mean < 0.1
+    # Where a router decides, a small difference sends some tokens to other experts.
+    limit = 0.3 if family == "phimoe" else 0.1
+    assert compare_logits(reference.logits(prompt), run_whole(package, prompt)).kl_mean < limit
+    if (family, precision) == ("phimoe", "int8"):
+        return  # QMoE has no kernel for 8-bit experts that leaves activations as they are.
     # Accuracy level 1 leaves the rounding of the weights as the only one.
     compute_in_float(package / "model.onnx")
     assert_close(compare_logits(reference.logits(prompt), run_whole(package, prompt)))

@@ -7,6 +7,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
+import torch
+
+from lamplighter_builder.parity import Reference
 from support.tiny_model import CHATML, save_checkpoint, tiny_tokenizer
 
 Options = Mapping[str, object]
@@ -137,11 +140,20 @@ FAMILIES: Final[Mapping[str, Options]] = MappingProxyType(
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         },
+        "phimoe": {
+            "model_type": "phimoe",
+            "num_local_experts": 6,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "router_jitter_noise": 0.2,
+            "rope_parameters": {**_LONG_ROPE, "short_mscale": 1.1, "long_mscale": 1.3},
+            "original_max_position_embeddings": LONG_ROPE_SWITCH,
+        },
     }
 )
 
 WINDOWED: Final = ("qwen2-yarn-windowed", "mistral", "phi3", "gemma2", "gemma3_text")
-LONG_ROPE: Final = ("phi3-longrope", "phi3-partial-longrope")
+LONG_ROPE: Final = ("phi3-longrope", "phi3-partial-longrope", "phimoe")
 
 
 def write_family_checkpoint(directory: Path, family: str, *, chat_template: str = CHATML) -> Path:
@@ -153,6 +165,25 @@ def write_family_checkpoint(directory: Path, family: str, *, chat_template: str 
         str(options.pop("model_type")), **{key: _plain(value) for key, value in options.items()}
     )
     return save_checkpoint(directory, config, seed=len(family), chat_template=chat_template)
+
+
+def load_reference(checkpoint: Path) -> Reference:
+    """Load a tiny checkpoint in transformers, with its ``phimoe`` put right.
+
+    ``PhimoeRotaryEmbedding`` computes the length of the text, but then takes the frequencies without it (5.23), so that
+    the long factors of LongRoPE are never used; earlier versions and the model's own code pass it.
+    """
+    reference = Reference.load(checkpoint)
+    rotary = reference.model.model.rotary_emb
+    if reference.model.config.model_type == "phimoe":
+        plain, length = rotary.rope_init_fn, [0]
+
+        def note_length(_module: object, _args: object, kwargs: dict[str, torch.Tensor]) -> None:
+            length[0] = int(kwargs["position_ids"].max()) + 1
+
+        rotary.register_forward_pre_hook(note_length, with_kwargs=True)
+        rotary.rope_init_fn = lambda config: plain(config, seq_len=length[0])
+    return reference
 
 
 def _plain(value: object) -> object:

@@ -39,6 +39,7 @@ from lamplighter_builder.components.attention import (
 from lamplighter_builder.components.embedding import Embedding, EmbeddingFactory, EmbeddingSpec
 from lamplighter_builder.components.linear import LinearFactory, declare_bias, module_spec
 from lamplighter_builder.components.mlp import MLP, Activation, GatedMLP
+from lamplighter_builder.components.moe import ExpertsFactory
 from lamplighter_builder.components.norm import Norm, RMSNorm, Stream
 from lamplighter_builder.components.positions import long_rope_positions
 from lamplighter_builder.components.rope import LongRope, Rope, RopeTables, declare_tables
@@ -110,6 +111,7 @@ class Parts:
     linear: LinearFactory
     embedding: EmbeddingFactory
     head: LinearFactory
+    experts: ExpertsFactory
 
 
 class Context(NamedTuple):
