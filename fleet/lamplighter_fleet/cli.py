@@ -6,26 +6,25 @@ import argparse
 import getpass
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TextIO, TypeAlias
+from typing import Final, TextIO
 
 import msgspec
 
+import lamplighter_fleet.publishing_cli
 from lamplighter_agent import __version__
 from lamplighter_agent.errors import ConfigError, LamplighterError, PackageError
 from lamplighter_agent.package.chat_format import ChatMessage
-from lamplighter_agent.service.messages import DeltaReply, FinalReply, PromptMessage, ReportedMessage
+from lamplighter_agent.service.messages import CommandName, DeltaReply, FinalReply, PromptMessage, ReportedMessage
 from lamplighter_agent.update.states import PackageRef, UpdatePolicy, UpdateState
+from lamplighter_fleet.arguments import add_command, first_line
 from lamplighter_fleet.broker import BrokerOptions, connect
+from lamplighter_fleet.commands import send_command
 from lamplighter_fleet.devices import Device, list_devices
-from lamplighter_fleet.keys import KeyDirectory, create_keys
 from lamplighter_fleet.prompt import ask_device, ask_group
-from lamplighter_fleet.publish import list_packages, publish_package
 from lamplighter_fleet.push import push
-from lamplighter_fleet.repository import Repository, Signed
 
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _MIB = 1024 * 1024
 _INTERRUPTED = 130
 _DEVICE_LINE: Final = "{:20} {:8} {:40} {:12} {:>9} {:>12} {:>12}"
@@ -51,28 +50,25 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lamplighter-fleet", description="Operate a fleet of Lamplighter agents.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    keys = commands.add_parser("keys", help="make signing keys").add_subparsers(required=True, metavar="ACTION")
-    init = _add(keys, "init", init_keys, "make the keys of a new repository and the root that devices trust")
-    init.add_argument("directory", type=Path, help="new or empty directory for the keys")
-    init.add_argument("--root-days", type=int, default=365, help="days until the root must be renewed (default: 365)")
-    init.add_argument("--encrypt", action="store_true", help="encrypt the offline keys with a passphrase")
-    _add_passphrase(init)
-    publishing = _add(commands, "publish", publish, "put a package into a static repository and sign it")
-    publishing.add_argument("package", type=Path, help="package directory")
-    _add_repository(publishing)
-    refresh = _add(commands, "refresh", refresh_repository, "sign snapshot and timestamp anew before they expire")
-    _add_repository(refresh)
-    packages = _add(commands, "packages", show_packages, "list the packages that a repository offers")
-    _add_repository(packages)
-    push_command = _add(
+    lamplighter_fleet.publishing_cli.add_commands(commands)
+    push_command = add_command(
         commands, "push", push_package, "make a package the desired one of a device, follow the outcome"
     )
     push_command.add_argument("reference", help="NAME/VERSION as published")
     push_command.add_argument("--device", required=True, help="the device's id")
     push_command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after (default: 600)")
     push_command.add_argument("--retry-failed", action="store_true", help="try again a version that failed there")
+    _add_policy(push_command)
     _add_broker(push_command)
-    prompt = _add(commands, "prompt", ask, "ask a device, or one of a group, and print the answer as it streams")
+    for name, function, text in (
+        ("rollback", roll_back, "switch a device back to its previous package"),
+        ("cancel", cancel_update, "end the update that is at work on a device"),
+    ):
+        command = add_command(commands, name, function, text)
+        command.add_argument("--device", required=True, help="the device's id")
+        command.add_argument("--timeout", type=float, default=120.0, metavar="S", help="give up after (default: 120)")
+        _add_broker(command)
+    prompt = add_command(commands, "prompt", ask, "ask a device, or one of a group, and print the answer as it streams")
     prompt.add_argument("text", help="the prompt; '-' reads it from standard input")
     target = prompt.add_mutually_exclusive_group(required=True)
     target.add_argument("--device", help="the device's id")
@@ -83,29 +79,19 @@ def make_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--seed", type=int, help="same seed, same text")
     prompt.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest silence (default: 120)")
     _add_broker(prompt)
-    devices = _add(commands, "devices", show_devices, "list the devices and how they are")
+    devices = add_command(commands, "devices", show_devices, "list the devices and how they are")
     _add_broker(devices)
     return parser
 
 
-def _add(
-    commands: _Commands, name: str, function: Callable[[argparse.Namespace], int], text: str
-) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    command.add_argument("--json", action="store_true", help="print for a machine")
-    command.set_defaults(run=function)
-    return command
-
-
-def _add_passphrase(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--passphrase-file", type=Path, help="file whose first line opens the encrypted keys")
-
-
-def _add_repository(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--repository", type=Path, required=True, help="directory that the web server shows")
-    command.add_argument("--keys", type=Path, required=True, help="key directory made by 'keys init'")
-    _add_passphrase(command)
-    command.add_argument("--ask-passphrase", action="store_true", help="ask for it on the terminal")
+def _add_policy(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--window", metavar="HH:MM-HH:MM", help="fetch it now, use it within this local time")
+    command.add_argument("--urgent", action="store_true", help="wait for no window, not even the device's own")
+    limits = command.add_argument_group("limits of the trial", "what the device must measure before it goes on")
+    limits.add_argument("--min-tokens-per-s", type=float, metavar="N", help="lowest decode speed")
+    limits.add_argument("--max-first-token-s", type=float, metavar="S", help="longest time to the first token")
+    limits.add_argument("--max-load-s", type=float, metavar="S", help="longest time to load")
+    limits.add_argument("--max-memory-mb", type=int, metavar="MB", help="most memory of the engine")
 
 
 def _add_broker(command: argparse.ArgumentParser) -> None:
@@ -117,79 +103,6 @@ def _add_broker(command: argparse.ArgumentParser) -> None:
     command.add_argument("--ca-file", type=Path, help="authority of the broker's certificate; switches TLS on")
     command.add_argument("--cert-file", type=Path, help="certificate of this tool")
     command.add_argument("--key-file", type=Path, help="its private key")
-
-
-def init_keys(arguments: argparse.Namespace) -> int:
-    """Make the keys and the root of a new repository.
-
-    Raises:
-        LamplighterError: If the directory is in use or cannot be written.
-    """
-    passphrase = None
-    if arguments.passphrase_file is not None:
-        passphrase = _first_line(arguments.passphrase_file).encode()
-    elif arguments.encrypt:
-        passphrase = _new_passphrase()
-    created = create_keys(arguments.directory, passphrase=passphrase, root_days=arguments.root_days)
-    if arguments.json:
-        print(json.dumps({"root": str(created.root), "key_ids": created.key_ids, "expires": str(created.expires)}))
-        return 0
-    print(
-        f"{created.root}: the root that devices trust, valid until {created.expires:%Y-%m-%d}; put it onto every device"
-    )
-    print(f"{', '.join(map(str, created.offline))}: keep these off the network; publishing needs the targets key")
-    print(f"{', '.join(map(str, created.online))}: for the host that publishes and refreshes")
-    if passphrase is None:
-        print("The keys are not encrypted: --encrypt asks for a passphrase.")
-    return 0
-
-
-def publish(arguments: argparse.Namespace) -> int:
-    """Publish a package.
-
-    Raises:
-        LamplighterError: If the package is not whole, or the repository cannot be signed or written.
-    """
-    done = publish_package(arguments.package, _repository(arguments), progress=_show_bytes)
-    if arguments.json:
-        print(json.dumps({"package": done.reference, "manifest_sha256": done.manifest_sha256,
-                          "new_bytes": done.new_bytes, "reused_bytes": done.reused_bytes}))  # fmt: skip
-    elif done.signed is None:
-        print(f"{done.reference} was published before, just like this")
-    else:
-        print(f"{done.reference} is published: {done.new_bytes} new bytes, {done.reused_bytes} shared with others")
-        print(_validity(done.signed))
-    return 0
-
-
-def refresh_repository(arguments: argparse.Namespace) -> int:
-    """Renew the signatures that expire soonest.
-
-    Raises:
-        LamplighterError: If nothing is published or a key cannot be used.
-    """
-    signed = _repository(arguments).refresh()
-    if arguments.json:
-        print(json.dumps({"snapshot_expires": str(signed.snapshot_expires),
-                          "timestamp_expires": str(signed.timestamp_expires)}))  # fmt: skip
-    else:
-        print(_validity(signed))
-    return 0
-
-
-def show_packages(arguments: argparse.Namespace) -> int:
-    """List what a repository offers.
-
-    Raises:
-        LamplighterError: If its metadata cannot be trusted.
-    """
-    packages = list_packages(_repository(arguments))
-    if arguments.json:
-        print(json.dumps({"packages": [package.reference for package in packages]}))
-    else:
-        for package in packages:
-            print(f"{package.reference:50} {package.manifest_sha256}")
-    return 0
 
 
 def push_package(arguments: argparse.Namespace) -> int:
@@ -204,7 +117,7 @@ def push_package(arguments: argparse.Namespace) -> int:
             broker,
             arguments.device,
             PackageRef.parse(arguments.reference),
-            policy=UpdatePolicy(retry_failed=arguments.retry_failed),
+            policy=_policy(arguments),
             requested_by=getpass.getuser(),
             timeout_s=arguments.timeout,
             progress=shown.show,
@@ -218,6 +131,46 @@ def push_package(arguments: argparse.Namespace) -> int:
         if report.hint:
             print(f"  {report.hint}", file=sys.stderr)
     return PackageError.exit_code
+
+
+def roll_back(arguments: argparse.Namespace) -> int:
+    """Roll a device back and print what it says.
+
+    Raises:
+        LamplighterError: If it refuses or does not answer.
+    """
+    return _command(arguments, "rollback")
+
+
+def cancel_update(arguments: argparse.Namespace) -> int:
+    """Cancel a device's update and print what it says.
+
+    Raises:
+        LamplighterError: If there is none, or it does not answer.
+    """
+    return _command(arguments, "cancel_update")
+
+
+def _command(arguments: argparse.Namespace, command: CommandName) -> int:
+    with connect(_broker(arguments)) as broker:
+        message = send_command(broker, arguments.device, command, timeout_s=arguments.timeout)
+    print(json.dumps({"message": message}) if arguments.json else f"{arguments.device}: {message}")
+    return 0
+
+
+def _policy(arguments: argparse.Namespace) -> UpdatePolicy:
+    memory_mb = arguments.max_memory_mb
+    limits = {
+        "min_generated_tokens_per_s": arguments.min_tokens_per_s,
+        "max_first_token_s": arguments.max_first_token_s,
+        "max_load_s": arguments.max_load_s,
+        "max_peak_rss_bytes": None if memory_mb is None else memory_mb * _MIB,
+    }
+    values = {"retry_failed": arguments.retry_failed, "window": arguments.window, "urgent": arguments.urgent}
+    try:
+        return msgspec.convert({**values, "limits": limits}, UpdatePolicy)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the policy is not valid: {error}") from error
 
 
 def ask(arguments: argparse.Namespace) -> int:
@@ -291,50 +244,17 @@ class _ReportLines:
         self._state = report.state
 
 
-def _repository(arguments: argparse.Namespace) -> Repository:
-    keys = KeyDirectory(arguments.keys)
-    if arguments.passphrase_file is not None:
-        keys = KeyDirectory(arguments.keys, _first_line(arguments.passphrase_file).encode())
-    elif arguments.ask_passphrase:
-        keys = KeyDirectory(arguments.keys, getpass.getpass("Passphrase of the offline keys: ").encode())
-    return Repository(arguments.repository, keys)
-
-
 def _broker(arguments: argparse.Namespace) -> BrokerOptions:
     return BrokerOptions(
         host=arguments.host,
         port=arguments.port,
         prefix=arguments.prefix,
         username=arguments.username,
-        password=None if arguments.password_file is None else _first_line(arguments.password_file),
+        password=None if arguments.password_file is None else first_line(arguments.password_file),
         ca_file=arguments.ca_file,
         cert_file=arguments.cert_file,
         key_file=arguments.key_file,
     )
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").split("\n", 1)[0]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-
-
-def _new_passphrase() -> bytes:
-    first = getpass.getpass("Passphrase for the offline keys: ")
-    if not first or getpass.getpass("Once more: ") != first:
-        raise ConfigError("the two passphrases differ or are empty", hint="run it again")
-    return first.encode()
-
-
-def _show_bytes(done: int, total: int) -> None:
-    if sys.stderr.isatty() and total:
-        end = "\n" if done >= total else ""
-        print(f"\rpublishing {done / total:4.0%}", file=sys.stderr, end=end, flush=True)
-
-
-def _validity(signed: Signed) -> str:
-    return f"signed until {signed.timestamp_expires:%Y-%m-%d}: run 'lamplighter-fleet refresh' before then"
 
 
 def _summary(reply: FinalReply) -> str:

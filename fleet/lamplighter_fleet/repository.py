@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -24,7 +24,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 
 from lamplighter_agent.errors import ConfigError, MetadataError, SignatureError, StoreError
 from lamplighter_agent.package.durable import make_directory, storage_errors, write_file
-from lamplighter_fleet.keys import KeyDirectory
+from lamplighter_fleet.keys import KeyDirectory, in_days
 
 _T = TypeVar("_T", Snapshot, Targets, Timestamp)
 _TARGETS_FILE: Final = "targets.json"
@@ -100,8 +100,11 @@ class Repository:
         finally:
             os.close(descriptor)
 
-    def published(self) -> PublishedState | None:
+    def published(self, roots: Sequence[Root] | None = None) -> PublishedState | None:
         """Return what the repository shows now, verified; None if nothing was published yet. Expiry does not matter.
+
+        Args:
+            roots: One of these must name the keys; None: the newest alone.
 
         Raises:
             SignatureError: If metadata is not signed by the keys of the key directory.
@@ -110,11 +113,12 @@ class Repository:
         """
         if not (self.metadata_dir / "timestamp.json").exists():
             return None
-        timestamp = self._read("timestamp.json", Timestamp)
+        roots = roots or [self._keys.roots()[-1].signed]
+        timestamp = self._read("timestamp.json", Timestamp, None, roots)
         snapshot_meta = timestamp.snapshot_meta
-        snapshot = self._read(f"{snapshot_meta.version}.{_SNAPSHOT_FILE}", Snapshot, snapshot_meta)
+        snapshot = self._read(f"{snapshot_meta.version}.{_SNAPSHOT_FILE}", Snapshot, snapshot_meta, roots)
         targets_meta = snapshot.meta[_TARGETS_FILE]
-        targets = self._read(f"{targets_meta.version}.{_TARGETS_FILE}", Targets, targets_meta)
+        targets = self._read(f"{targets_meta.version}.{_TARGETS_FILE}", Targets, targets_meta, roots)
         return PublishedState(timestamp, snapshot, targets)
 
     def sign_targets(self, files: dict[str, TargetFile], before: PublishedState | None) -> Signed:
@@ -129,10 +133,10 @@ class Repository:
             StoreError: If the files cannot be written; the repository then shows what it showed.
         """
         version = self._next_version(_TARGETS_FILE, before.targets.version if before else 0)
-        targets = Targets(version=version, expires=_in_days(self._expiry.targets_days), targets=files)
+        targets = Targets(version=version, expires=in_days(self._expiry.targets_days), targets=files)
         # All keys are opened before the first file is written.
-        signers = {role: self._keys.signer(role) for role in (Targets.type, Snapshot.type, Timestamp.type)}
-        self._write_root()
+        signers = {role: self._keys.signers(role) for role in (Targets.type, Snapshot.type, Timestamp.type)}
+        self._check_roots()
         data = _sign(targets, signers[Targets.type])
         with storage_errors(f"writing {version}.{_TARGETS_FILE}"):
             write_file(self.metadata_dir / f"{version}.{_TARGETS_FILE}", data)
@@ -151,23 +155,53 @@ class Repository:
             before = self.published()
             if before is None:
                 raise ConfigError(f"{self.directory}: nothing is published here yet", hint="publish a package first")
-            self._write_root()
+            self._check_roots()
             return self._sign_snapshot(before.snapshot.meta[_TARGETS_FILE], before)
+
+    def take_over(self) -> Signed | None:
+        """Sign anew, after a change of keys, what keys that count no more have signed, and show the new root.
+
+        What is published is verified with the root under which it was signed. So look at the list of packages when a
+        targets key was stolen: what its thief had published is taken over as well.
+
+        Returns:
+            The new metadata, or None if nothing was published yet.
+
+        Raises:
+            ConfigError: If a key cannot be used.
+            SignatureError: If the published metadata is not signed by keys of this or an earlier root.
+            MetadataError: If it is damaged.
+            StoreError: If the files cannot be written; the repository then shows what it showed.
+        """
+        with self.lock():
+            roots = [metadata.signed for metadata in reversed(self._keys.roots())]
+            before = self.published(roots)
+            if before is None:
+                return None
+            self._check_roots()
+            meta = before.snapshot.meta[_TARGETS_FILE]
+            try:
+                self._read(f"{meta.version}.{_TARGETS_FILE}", Targets, meta, roots[:1])
+            except SignatureError:
+                return self.sign_targets(dict(before.targets.targets), before)
+            return self._sign_snapshot(meta, before)
 
     def _sign_snapshot(self, targets_meta: MetaFile, before: PublishedState | None) -> Signed:
         version = self._next_version(_SNAPSHOT_FILE, before.snapshot.version if before else 0)
         snapshot = Snapshot(
-            version=version, expires=_in_days(self._expiry.snapshot_days), meta={_TARGETS_FILE: targets_meta}
+            version=version, expires=in_days(self._expiry.snapshot_days), meta={_TARGETS_FILE: targets_meta}
         )
-        snapshot_data = _sign(snapshot, self._keys.signer(Snapshot.type))
+        snapshot_data = _sign(snapshot, self._keys.signers(Snapshot.type))
         timestamp = Timestamp(
             version=before.timestamp.version + 1 if before else 1,
-            expires=_in_days(self._expiry.timestamp_days),
+            expires=in_days(self._expiry.timestamp_days),
             snapshot_meta=MetaFile.from_data(version, snapshot_data, ["sha256"]),
         )
-        timestamp_data = _sign(timestamp, self._keys.signer(Timestamp.type))
+        timestamp_data = _sign(timestamp, self._keys.signers(Timestamp.type))
         with storage_errors(f"writing metadata to {self.metadata_dir}"):
             write_file(self.metadata_dir / f"{version}.{_SNAPSHOT_FILE}", snapshot_data)
+            # A device that has a new root accepts nothing that old keys signed: so the timestamp follows at once.
+            self._write_roots()
             write_file(self.metadata_dir / "timestamp.json", timestamp_data)
         return Signed(
             targets_version=targets_meta.version,
@@ -177,32 +211,28 @@ class Repository:
             timestamp_expires=timestamp.expires,
         )
 
-    def _write_root(self) -> None:
-        data = self._keys.root()
-        path = self.metadata_dir / f"{self._root().version}.root.json"
-        with storage_errors(f"writing {path}"):
-            if not path.exists():
-                write_file(path, data)
-        if path.read_bytes() != data:
-            raise ConfigError(
-                f"{path}: another root than that of the key directory",
-                hint="this repository was made with other keys; name theirs, or an empty repository directory",
-            )
-
-    def _root(self) -> Root:
-        """Return the root of the key directory.
+    def _check_roots(self) -> None:
+        """Compare the roots that the repository shows with those of the key directory.
 
         Raises:
-            ConfigError: If it is not valid or not signed by itself.
+            ConfigError: If it was made with other keys, or is ahead of the key directory.
         """
-        try:
-            metadata = Metadata[Root].from_bytes(self._keys.root())
-            metadata.signed.verify_delegate(Root.type, metadata.signed_bytes, metadata.signatures)
-        except (RepositoryError, ValueError) as error:
-            raise ConfigError(f"{self._keys.path}: root.json is not valid: {error}") from error
-        return metadata.signed
+        own = {root.signed.version: root.to_bytes() for root in self._keys.roots()}
+        for path in self.metadata_dir.glob("[0-9]*.root.json"):
+            version = int(path.name.partition(".")[0])
+            if own.get(version) != path.read_bytes():
+                raise ConfigError(
+                    f"{path}: another root than that of the key directory",
+                    hint="this repository was made with other keys; name theirs, or an empty repository directory",
+                )
 
-    def _read(self, name: str, kind: type[_T], meta: MetaFile | None = None) -> _T:
+    def _write_roots(self) -> None:
+        for root in self._keys.roots():
+            path = self.metadata_dir / f"{root.signed.version}.root.json"
+            if not path.exists():
+                write_file(path, root.to_bytes())
+
+    def _read(self, name: str, kind: type[_T], meta: MetaFile | None, roots: Sequence[Root]) -> _T:
         path = self.metadata_dir / name
         try:
             data = path.read_bytes()
@@ -217,14 +247,19 @@ class Repository:
         signed = metadata.signed
         if not isinstance(signed, kind):
             raise MetadataError(f"{path}: holds {signed.type}, not {kind.type}")
-        try:
-            self._root().verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures)
-        except RepositoryError as error:
-            raise SignatureError(
-                f"{path}: not signed by the keys in {self._keys.path}: {error}",
-                hint="somebody else published here, or this is the wrong key directory",
-            ) from error
-        return signed
+        refused: list[RepositoryError] = []
+        for root in roots:
+            try:
+                root.verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures)
+            except RepositoryError as error:
+                refused.append(error)
+            else:
+                return signed
+        raise SignatureError(
+            f"{path}: not signed by the keys in {self._keys.path}: {refused[0]}",
+            hint="after a change of keys: lamplighter-fleet keys apply; else somebody else published here, or this is "
+            "the wrong key directory",
+        )
 
     def _next_version(self, name: str, published: int) -> int:
         """Return a version whose file was never written, not even by a publication that was cut off."""
@@ -232,11 +267,8 @@ class Repository:
         return max([published, *written]) + 1
 
 
-def _in_days(days: int) -> datetime:
-    return datetime.now(UTC).replace(microsecond=0) + timedelta(days=days)
-
-
-def _sign(signed: _T, signer: Signer) -> bytes:
+def _sign(signed: _T, signers: Sequence[Signer]) -> bytes:
     metadata = Metadata(signed)
-    metadata.sign(signer)
+    for signer in signers:
+        metadata.sign(signer, append=True)
     return metadata.to_bytes()

@@ -42,7 +42,7 @@ def test_private_keys_are_for_their_owner_alone(directory: Path) -> None:
 def test_keys_are_loaded_again(directory: Path) -> None:
     created = create_keys(directory)
     for role in ROLES:
-        assert KeyDirectory(directory).signer(role).public_key.keyid == created.key_ids[role]
+        assert KeyDirectory(directory).signers(role)[0].public_key.keyid == created.key_ids[role]
 
 
 def test_passphrase_protects_the_offline_keys_alone(directory: Path) -> None:
@@ -50,17 +50,17 @@ def test_passphrase_protects_the_offline_keys_alone(directory: Path) -> None:
     for path in created.offline:
         assert path.read_bytes().startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----")
     locked, opened = KeyDirectory(directory), KeyDirectory(directory, b"correct horse")
-    assert locked.signer("timestamp").public_key.keyid == created.key_ids["timestamp"]
-    assert opened.signer("targets").public_key.keyid == created.key_ids["targets"]
-    assert opened.signer("timestamp").public_key.keyid == created.key_ids["timestamp"]
+    assert locked.signers("timestamp")[0].public_key.keyid == created.key_ids["timestamp"]
+    assert opened.signers("targets")[0].public_key.keyid == created.key_ids["targets"]
+    assert opened.signers("timestamp")[0].public_key.keyid == created.key_ids["timestamp"]
     with pytest.raises(ConfigError, match="encrypted"):
-        locked.signer("targets")
+        locked.signers("targets")
 
 
 def test_wrong_passphrase_is_told(directory: Path) -> None:
     create_keys(directory, passphrase=b"correct horse")
     with pytest.raises(ConfigError, match="passphrase is wrong"):
-        KeyDirectory(directory, b"battery staple").signer("root")
+        KeyDirectory(directory, b"battery staple").signers("root")
 
 
 def test_empty_passphrase_is_refused(directory: Path) -> None:
@@ -81,14 +81,14 @@ def test_key_that_others_may_read_is_refused(directory: Path) -> None:
     created = create_keys(directory)
     created.online[0].chmod(0o644)
     with pytest.raises(ConfigError, match="other users"):
-        KeyDirectory(directory).signer("snapshot")
+        KeyDirectory(directory).signers("snapshot")
 
 
 def test_key_on_a_medium_that_is_not_plugged_in_is_told(directory: Path) -> None:
     created = create_keys(directory)
     created.offline[1].unlink()
     with pytest.raises(ConfigError, match="targets key cannot be read") as caught:
-        KeyDirectory(directory).signer("targets")
+        KeyDirectory(directory).signers("targets")
     assert "plug in" in (caught.value.hint or "")
 
 
@@ -96,7 +96,7 @@ def test_file_that_is_no_key_is_refused(directory: Path) -> None:
     created = create_keys(directory)
     created.online[0].write_bytes(b"hello")
     with pytest.raises(ConfigError, match="not a private key"):
-        KeyDirectory(directory).signer("snapshot")
+        KeyDirectory(directory).signers("snapshot")
 
 
 def test_directory_without_keys_is_told(directory: Path) -> None:

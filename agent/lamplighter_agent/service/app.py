@@ -29,7 +29,7 @@ from lamplighter_agent.service.updates import PREPARE_MODULE, UpdateService
 from lamplighter_agent.service.worker import DEFAULT_ENGINE, WorkerSpec
 from lamplighter_agent.update.ledger import Ledger
 from lamplighter_agent.update.probation import ProbationRules
-from lamplighter_agent.update.states import UpdateReport
+from lamplighter_agent.update.states import UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
 
 logger = logging.getLogger(__name__)
@@ -162,6 +162,7 @@ class Agent:
             config, self._store, ledger, self._runner, self._on_report, prepare_module=engine.prepare
         )
         self._seen_restarts = 0
+        self._told: tuple[str, UpdateState] | None = None
         self._sampler = Sampler(config, boot, self._requests, self._runner, lambda: self._updates.state)
         self._api: LocalApi | None = None
         self._mqtt: MqttService | None = None
@@ -280,8 +281,14 @@ class Agent:
 
     def _on_report(self, report: UpdateReport) -> None:
         self._manager.status(self._describe())
-        if self._mqtt is not None:
-            self._mqtt.publish_reported(report)
+        if self._mqtt is None:
+            return
+        self._mqtt.publish_reported(report)
+        state = (report.id, report.state)
+        if state != self._told:  # progress is no event
+            self._told = state
+            said = f": {report.reason}: {report.message}" if report.reason else ""
+            self._mqtt.publish_event(f"update_{report.state.value}", f"{report.package}/{report.version}{said}")
 
     def _on_connected(self) -> None:
         self._manager.status(self._describe())
@@ -306,7 +313,9 @@ class Agent:
                 await self._runner.restart()
                 return "the engine is starting anew"
             case "rollback":
-                return await self._updates.rollback()
+                return await self._updates.rollback("mqtt")
+            case "cancel_update":
+                return self._updates.cancel("mqtt")
 
 
 def _stop_on_signals() -> asyncio.Event:

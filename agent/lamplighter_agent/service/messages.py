@@ -27,7 +27,7 @@ WORKER_RETRY_S: Final = 2.0
 RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
 ShortText = Annotated[str, Meta(max_length=256)]
 Duration = Annotated[float, Meta(gt=0, le=86_400)]
-CommandName = Literal["restart_worker", "report", "rollback", "ping"]
+CommandName = Literal["restart_worker", "report", "rollback", "cancel_update", "ping"]
 
 DesiredMessage: TypeAlias = Desired
 ReportedMessage: TypeAlias = UpdateReport
@@ -81,7 +81,7 @@ class CommandMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     Attributes:
         command: ``ping`` answers; ``report`` sends status, reported and telemetry again; ``restart_worker`` starts
-            the engine anew; ``rollback`` goes back to the previous package.
+            the engine anew; ``rollback`` goes back to the previous package; ``cancel_update`` ends the update at work.
     """
 
     command: CommandName

@@ -25,13 +25,16 @@ from lamplighter_agent.errors import (
     WorkerError,
 )
 from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
+from lamplighter_agent.update.audit import AUDIT_NAME, AuditLog
 from lamplighter_agent.update.interrupt import Interrupt
 from lamplighter_agent.update.journal import JOURNAL_NAME
+from lamplighter_agent.update.ledger import Ledger
 from lamplighter_agent.update.sources import DirectorySource
 from lamplighter_agent.update.states import PackageRef, TrialLimits, UpdatePolicy, UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
 from lamplighter_agent.update.updater import Updater
 from lamplighter_fleet.keys import create_keys
+from lamplighter_fleet.publish import allow_downgrade
 from lamplighter_fleet.repository import Expiry
 from support.package_server import Fault
 from support.packages import CHUNK_BYTES, WEIGHTS_BYTES
@@ -211,6 +214,19 @@ def test_package_that_does_not_fit_costs_no_weights(world: World) -> None:
     assert (report.state, report.reason) == (UpdateState.FAILED, DiskFullError.reason)
     assert world.server.body_bytes("/blobs/") == 0
     check_untouched(world)
+
+
+def test_lower_version_needs_the_signers_permission(world: World) -> None:
+    world.publish()
+    world.install("2.0.0", weights_seed=2)
+    assert Ledger.open(world.path / "state").probation.note_serving(10_000.0) == "passed"
+    report = world.updater().apply(desired("1.0.0", id="back")).report
+    assert (report.state, report.reason) == (UpdateState.REJECTED, RollbackError.reason)
+    assert "allow-downgrade" in (report.hint or "")
+    assert world.server.body_bytes("/blobs/") == 0
+    allow_downgrade("tiny/1.0.0", "2.0.0", world.repository())
+    assert world.updater().apply(desired("1.0.0", id="again")).succeeded
+    assert "downgrade_permitted" in [entry.event for entry in AuditLog(world.path / "state" / AUDIT_NAME).read()]
 
 
 def test_failed_self_test_keeps_the_old_package_and_removes_the_new(world: World) -> None:
