@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from lamplighter_agent.engine.events import Finished
 from lamplighter_agent.engine.generate import Engine
-from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_builder.parity import Reference
 from lamplighter_builder.precision import PrecisionName
+from support.engine_tokens import (
+    CONTEXT,
+    GENERATED,
+    OPTIONS,
+    PROMPTS,
+    engine_tokens,
+    genai_agrees,
+    has_genai,
+    tokens_together,
+)
 from support.families import FAMILIES, LONG_ROPE, LONG_ROPE_SWITCH, load_reference, write_family_checkpoint
-from support.parity_depths import random_tokens
 from support.tiny_model import build_tiny_package
-
-GENERATED = 12
-OPTIONS = EngineOptions(max_context_tokens=256, slots=3, threads=2, prefill_chunk_tokens=16)
-GREEDY = GenerationParams(max_tokens=GENERATED, temperature=0.0, ignore_eos=True)
-# Inside every window; beyond it; past LongRoPE's switch.
-PROMPTS = [random_tokens(1, length)[0].tolist() for length in (11, 40, 100)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -49,24 +50,6 @@ def engine(package: Path) -> Iterator[Engine]:
     loaded.close()
 
 
-def run(engine: Engine, prompt: list[int], params: GenerationParams = GREEDY) -> tuple[list[int], Finished]:
-    items = list(engine.generate(prompt, params))
-    end = items[-1].finished
-    assert end is not None
-    return [item.token_id for item in items if item.token_id is not None], end
-
-
-def run_together(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
-    """Run prompts by turns, so that they are decoded in one batch."""
-    streams = [engine.generate(prompt, GREEDY) for prompt in prompts]
-    found: list[list[int]] = [[] for _ in prompts]
-    for items in zip(*streams, strict=True):
-        for tokens, item in zip(found, items, strict=True):
-            if item.token_id is not None:
-                tokens.append(item.token_id)
-    return found
-
-
 def assert_greedy(reference: Reference, prompt: list[int], generated: list[int]) -> None:
     """One pass over prompt and text shows each step's choice; its factors are those of the final length."""
     logits = reference.logits(np.array([prompt + generated[:-1]], dtype=np.int64))
@@ -76,7 +59,7 @@ def assert_greedy(reference: Reference, prompt: list[int], generated: list[int])
 def test_requests_together_get_the_tokens_of_transformers(checkpoint: Path, engine: Engine) -> None:
     torch.set_num_threads(2)
     reference = load_reference(checkpoint)
-    found = run_together(engine, PROMPTS)
+    found = tokens_together(engine, PROMPTS)
     assert all(len(generated) == GENERATED for generated in found)
     for prompt, generated in zip(PROMPTS, found, strict=True):
         assert_greedy(reference, prompt, generated)
@@ -85,23 +68,9 @@ def test_requests_together_get_the_tokens_of_transformers(checkpoint: Path, engi
 @pytest.mark.genai
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_onnxruntime_genai_gives_our_tokens(precision: PrecisionName, checkpoint: Path, tmp_path: Path) -> None:
-    og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
-    package = build_tiny_package(checkpoint, tmp_path / "package", precision)
-    ours = Engine.load(package, options=OPTIONS)
-    model = og.Model(str(package))
-    for prompt in PROMPTS:
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=256, do_sample=False)
-        generator = og.Generator(model, parameters)
-        generator.append_tokens(prompt)
-        found: list[int] = []
-        while len(found) < GENERATED and not generator.is_done():
-            generator.generate_next_token()
-            found.append(int(generator.get_next_tokens()[0]))
-        generated, _ = run(ours, prompt)
-        # An end token ends its generation, but not ours.
-        assert found == generated[: len(found)]
-        assert len(found) == GENERATED or found[-1] in ours.manifest.generation.eos_token_ids
+    if not has_genai():
+        pytest.skip("onnxruntime-genai is not installed")
+    assert genai_agrees(build_tiny_package(checkpoint, tmp_path / "package", precision))
 
 
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
@@ -109,25 +78,25 @@ def test_text_planned_across_the_switch_has_long_factors_from_its_start(checkpoi
     prompt = PROMPTS[1]
     assert len(prompt) < LONG_ROPE_SWITCH < len(prompt) + 40
     params = GenerationParams(max_tokens=40, temperature=0.0, ignore_eos=True)
-    generated, _ = run(engine, prompt, params)
+    generated, _ = engine_tokens(engine, prompt, params)
     assert_greedy(load_reference(checkpoint), prompt, generated)
 
 
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
 def test_text_without_a_limit_is_planned_for_the_whole_context(checkpoint: Path, engine: Engine) -> None:
     params = GenerationParams(temperature=0.0, ignore_eos=True)
-    generated, end = run(engine, PROMPTS[0], params)
-    assert (end.finish_reason, len(generated)) == ("length", 256 - len(PROMPTS[0]))
+    generated, end = engine_tokens(engine, PROMPTS[0], params)
+    assert (end.finish_reason, len(generated)) == ("length", CONTEXT - len(PROMPTS[0]))
     assert_greedy(load_reference(checkpoint), PROMPTS[0], generated)
 
 
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
 def test_keys_of_short_factors_are_not_reused_for_a_long_prompt(checkpoint: Path, engine: Engine) -> None:
     reference, whole = load_reference(checkpoint), PROMPTS[2]
-    run(engine, whole[:40])
-    generated, end = run(engine, whole)
+    engine_tokens(engine, whole[:40])
+    generated, end = engine_tokens(engine, whole)
     assert end.usage.cached_tokens == 0
     assert_greedy(reference, whole, generated)
-    generated, end = run(engine, whole[:45])
+    generated, end = engine_tokens(engine, whole[:45])
     assert end.usage.cached_tokens == 40
     assert_greedy(reference, whole[:45], generated)

@@ -1,4 +1,4 @@
-"""``gemma3_text``: Gemma 3 270M and 1B, and the text part of the larger ones. ``gemma2`` with these differences.
+"""``gemma3_text``: Gemma 3 270M and 1B. ``gemma2`` with these differences.
 
 - Each head of query and key has a norm before the rotation; attention scores have no bound.
 - Five windowed layers to one that sees the whole text (``sliding_window_pattern``), or as ``layer_types`` says.
