@@ -105,7 +105,10 @@ class UpdatesConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """TLS to the broker: the authority that signed it and, for mutual TLS, this box's certificate and key."""
+    """TLS to the broker: the authority that signed it and, for mutual TLS, this box's certificate and key.
+
+    Relative paths name credentials of the unit.
+    """
 
     ca_file: Path | None = None
     cert_file: Path | None = None
@@ -120,7 +123,7 @@ class MqttConfig(msgspec.Struct, frozen=True, kw_only=True):
         protocol: ``5`` or ``3.1.1``.
         prefix: First levels of every topic.
         username: User name, or None.
-        password_file: File that holds the password (systemd's ``LoadCredential`` puts it there), or None.
+        password_file: File that holds the password, or None; a relative path names a credential of the unit.
         keepalive_s: Silence after which the broker is asked whether it is there.
         reconnect_max_s: Cap of the reconnect delay; the delay grows from one second with full jitter.
         delta_interval_s: Tokens are batched into one delta for this long.
@@ -147,7 +150,9 @@ class LocalApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         mode: Permissions of the socket, octal digits.
         group: Group that owns the socket, or None to keep the process's.
         max_body_bytes: Largest request body.
-        max_connections: Connections served at once.
+        max_connections: Connections open at once; requests on further ones are refused.
+        tcp_port: Also listen on this port of the loopback, or None; needs ``token_file``.
+        token_file: File with the word that TCP clients send as ``Authorization: Bearer``.
     """
 
     socket: Path | None = Path("/run/lamplighter/agent.sock")
@@ -155,6 +160,8 @@ class LocalApiConfig(msgspec.Struct, frozen=True, kw_only=True):
     group: str | None = None
     max_body_bytes: PositiveInt = 1024 * 1024
     max_connections: PositiveInt = 32
+    tcp_port: Port | None = None
+    token_file: Path | None = None
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import lamplighter_agent
-from lamplighter_agent.config import AgentConfig, EngineConfig, LocalApiConfig, MqttConfig
+from lamplighter_agent.config import AgentConfig, EngineConfig
 from lamplighter_agent.engine.options import EngineOptions
-from lamplighter_agent.errors import RequestError
+from lamplighter_agent.errors import LamplighterError, RequestError, StoreError
 from lamplighter_agent.package.durable import make_directory, storage_errors, write_file
 from lamplighter_agent.service.admission import RequestQueue
+from lamplighter_agent.service.liveness import Liveness
 from lamplighter_agent.service.local_api import Facts, LocalApi
 from lamplighter_agent.service.messages import CommandMessage
 from lamplighter_agent.service.mqtt_service import Actions, MqttService
 from lamplighter_agent.service.runner import PackageRunner
-from lamplighter_agent.service.systemd import ServiceManager
+from lamplighter_agent.service.starts import FORGIVEN_AFTER_S, PREVIOUS_AFTER, StartCounter
+from lamplighter_agent.service.systemd import ServiceManager, passed_sockets
 from lamplighter_agent.service.telemetry import Sampler, TelemetryReporter
 from lamplighter_agent.service.updates import PREPARE_MODULE, UpdateService
 from lamplighter_agent.service.worker import DEFAULT_ENGINE, WorkerSpec
@@ -37,10 +39,10 @@ logger = logging.getLogger(__name__)
 BOOT_NAME: Final = "boot"
 PREFIXES_NAME: Final = "prefixes"
 _MIB: Final = 1024 * 1024
-_DRAIN_S: Final = 10.0
+DRAIN_S: Final = 10.0
 _TICK_S: Final = 5.0
+_WATCHDOG_S: Final = 60.0
 _EXTEND_S: Final = 30.0
-_NETWORK_SILENCE_S: Final = 60.0
 
 
 class EngineModules(NamedTuple):
@@ -79,62 +81,6 @@ async def _run(config: AgentConfig, engine: EngineModules) -> None:
     await Agent(config, ServiceManager.from_environment(), engine=engine).run()
 
 
-def serve(
-    package: Path,
-    socket: Path,
-    options: EngineOptions,
-    *,
-    prepared_root: Path | None = None,
-    engine: EngineModules = REAL_ENGINE,
-) -> int:
-    """Serve one package directory on a Unix socket until SIGTERM or SIGINT: no broker, store or updates.
-
-    Args:
-        package: The package directory.
-        socket: Path of the socket.
-        options: Limits and choices for the engine.
-        prepared_root: Where copies prepared for this CPU lie, or None.
-        engine: What loads and prepares packages.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        LamplighterError: If the package cannot be loaded or the socket is in use.
-    """
-    spec = WorkerSpec(
-        package=package,
-        prepared_root=prepared_root,
-        options=options,
-        engine=engine.load,
-        log_level=logging.getLogger().getEffectiveLevel(),
-    )
-    asyncio.run(_serve(spec, socket))
-    return 0
-
-
-async def _serve(spec: WorkerSpec, socket: Path) -> None:
-    stop = _stop_on_signals()
-    config = AgentConfig(
-        state_dir=socket.parent, mqtt=MqttConfig(enabled=False), local_api=LocalApiConfig(socket=socket)
-    )
-    requests = RequestQueue(config.requests)
-    runner = PackageRunner(spec, requests, lambda: None)
-    sampler = Sampler(config, 1, requests, runner, lambda: "idle")
-    api = LocalApi(config.local_api, requests, _facts(sampler, runner))
-    api.listen()
-    try:
-        await runner.switch(spec.package)
-        await api.start()
-        logger.info("%s answers on %s", runner.package, socket)
-        await stop.wait()
-        requests.close(_stopping())
-        await requests.drain(_DRAIN_S)
-    finally:
-        await api.stop()
-        await runner.stop(0.0)
-
-
 class Agent:
     """The service; it is made inside a running event loop and runs once.
 
@@ -154,6 +100,7 @@ class Agent:
         self._tasks: list[asyncio.Task[None]] = []
         self._store = Store(config.state_dir, reserve_bytes=config.repository.disk_reserve_bytes)
         boot = _count_boot(config.state_dir)
+        self._starts = StartCounter(config.state_dir)
         rules = ProbationRules(seconds=config.updates.probation_s, max_failures=config.updates.probation_failures)
         ledger = Ledger.open(config.state_dir, rules)
         self._requests = RequestQueue(config.requests)
@@ -171,8 +118,11 @@ class Agent:
             actions = Actions(self._on_command, self._updates.request, self._on_connected, lambda: self._runner.package)
             self._mqtt = MqttService(config, self._requests, actions, boot)
             self._telemetry = TelemetryReporter(config, self._sampler, self._mqtt)
-        if config.local_api.socket is not None:
-            self._api = LocalApi(config.local_api, self._requests, _facts(self._sampler, self._runner))
+        if config.local_api.socket is not None or config.local_api.tcp_port is not None:
+            self._api = LocalApi(config.local_api, self._requests, facts_of(self._sampler, self._runner))
+        self._liveness = Liveness(
+            config.state_dir, self._mqtt.connection if self._mqtt else None, lambda: self._runner.is_watched
+        )
 
     async def run(self) -> None:
         """Start up, run, shut down.
@@ -180,19 +130,21 @@ class Agent:
         Raises:
             LamplighterError: If it cannot start; whatever was started has ended then.
         """
-        stop = _stop_on_signals()
+        stop = stop_on_signals()
         try:
             await self._start_up(stop)
             await self._main_loop(stop)
+            self._forgive()
         finally:
             self._manager.stopping()
             await self._shut_down()
 
     async def _start_up(self, stop: asyncio.Event) -> None:
         if self._api is not None:
-            self._api.listen()
-            await self._api.start()
+            self._api.listen(passed_sockets())
         await self._start_package()
+        if self._api is not None:
+            await self._api.start()  # who connected meanwhile has waited, and waits on in the queue
         if self._mqtt is not None and self._telemetry is not None:
             self._mqtt.start()
             self._tasks.append(asyncio.create_task(self._telemetry.run(), name="telemetry"))
@@ -214,21 +166,37 @@ class Agent:
             stopped.cancel()
 
     async def _main_loop(self, stop: asyncio.Event) -> None:
-        tick_s = min(_TICK_S, (self._manager.watchdog_s or _TICK_S) / 3)
+        watchdog_s = self._manager.watchdog_s or _WATCHDOG_S
+        tick_s = min(_TICK_S, watchdog_s / 3)
+        ready_s = 0.0
         while not stop.is_set():
-            if self._is_alive():
+            if fault := self._liveness.fault(watchdog_s / 2):
+                logger.error("%s; the watchdog is not fed", fault)
+            else:
                 self._manager.alive()
+            if self._api is not None:
+                await self._api.keep_reachable()
             begun = time.monotonic()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), tick_s)
+            if self._runner.state == "ready" or self._starts.mode != "safe_mode":
+                before, ready_s = ready_s, ready_s + time.monotonic() - begun
+                if before < FORGIVEN_AFTER_S <= ready_s:
+                    self._forgive()
             if self._runner.state == "ready":
                 self._updates.engine_served(time.monotonic() - begun)
 
+    def _forgive(self) -> None:
+        try:
+            self._starts.forgive()
+        except StoreError as error:
+            logger.warning("the next start will count as one after a failure: %s", error.message)
+
     async def _shut_down(self) -> None:
         logger.info("stopping")
-        self._requests.close(_stopping())
+        self._requests.close(stopping())
         await self._updates.stop()
-        await self._requests.drain(_DRAIN_S)
+        await self._requests.drain(DRAIN_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -238,30 +206,47 @@ class Agent:
         if self._api is not None:
             await self._api.stop()
         await self._runner.stop(0.0)
+        await self._liveness.stop()
 
     async def _start_package(self) -> None:
+        mode = self._starts.mode
+        if mode == "safe_mode":
+            self._refuse_to_start()
+            return
+        if mode == "previous_package":
+            self._go_back()
         package = await self._updates.start_up()
         if package is None:
             logger.info("no package is in use; push one with lamplighter-fleet push NAME/VERSION")
         else:
             self._runner.start(package.path)
 
-    def _is_alive(self) -> bool:
-        """True while everything that must not hang is well; the event loop shows that it is by getting here."""
-        if self._mqtt is None:
-            return True
-        connection = self._mqtt.connection
-        if connection.alive and time.monotonic() - connection.last_tick_s < _NETWORK_SILENCE_S:
-            return True
-        logger.error("the MQTT network thread hangs; the watchdog is not fed")
-        return False
+    def _go_back(self) -> None:
+        """The agent did not stay up: the package in use may be why."""
+        try:
+            with self._store.lock():
+                package = self._store.roll_back()
+        except LamplighterError as error:
+            logger.warning("the agent did not stay up, but there is nothing to go back to: %s", error.message)
+        else:
+            logger.error("the agent did not stay up %d times: %s runs instead", PREVIOUS_AFTER, package.reference)
+
+    def _refuse_to_start(self) -> None:
+        self._runner.refuse(
+            RequestError(
+                f"safe mode: the agent ended early {self._starts.short_lived} times in a row, so no package is started",
+                code=503,
+                hint="see its log; push another package, send the command restart_worker, or restart the service",
+            )
+        )
 
     def _describe(self) -> str:
         package = self._runner.package or "no package"
         broker = "no broker configured"
         if self._mqtt is not None:
             broker = "broker connected" if self._mqtt.is_connected else "broker away"
-        return f"{package}, engine {self._runner.state}, {broker}, update {self._updates.state}"
+        text = f"{package}, engine {self._runner.state}, {broker}, update {self._updates.state}"
+        return text if self._runner.failure is None else f"{text}: {self._runner.failure.message}"
 
     def _on_change(self) -> None:
         """The engine's state changed."""
@@ -318,7 +303,8 @@ class Agent:
                 return self._updates.cancel("mqtt")
 
 
-def _stop_on_signals() -> asyncio.Event:
+def stop_on_signals() -> asyncio.Event:
+    """Return what SIGTERM and SIGINT set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -326,11 +312,13 @@ def _stop_on_signals() -> asyncio.Event:
     return stop
 
 
-def _facts(sampler: Sampler, runner: PackageRunner) -> Facts:
+def facts_of(sampler: Sampler, runner: PackageRunner) -> Facts:
+    """Return what the local API tells."""
     return Facts(sampler.sample, lambda: runner.package, lambda: runner.state == "ready")
 
 
-def _stopping() -> RequestError:
+def stopping() -> RequestError:
+    """Return the refusal of a process that ends."""
     return RequestError("the agent is stopping", code=503, retry_after_s=5.0, hint="try again in a moment")
 
 

@@ -65,7 +65,7 @@ def serve_package(arguments: argparse.Namespace) -> int:
     Raises:
         LamplighterError: If the package cannot be loaded or the socket is in use.
     """
-    from lamplighter_agent.service.app import serve
+    from lamplighter_agent.service.serve import serve
 
     logging.getLogger().setLevel(logging.INFO)
     return serve(arguments.package, arguments.socket, engine_options(arguments), prepared_root=prepared_root(arguments))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
@@ -16,14 +15,18 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.server import ServerState
 
 from lamplighter_agent.config import LocalApiConfig
 from lamplighter_agent.engine.events import TextDelta
-from lamplighter_agent.errors import LamplighterError, RequestError, ServiceError
+from lamplighter_agent.errors import ConfigError, LamplighterError, RequestError, ServiceError
 from lamplighter_agent.service import metrics, unix_socket
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.credentials import read_secret
+from lamplighter_agent.service.local_api_gate import Gate
+from lamplighter_agent.service.local_api_protocol import BoundedProtocol
 from lamplighter_agent.service.messages import TelemetryMessage
 from lamplighter_agent.service.openai_format import (
     Answering,
@@ -40,6 +43,15 @@ logger = logging.getLogger(__name__)
 _SENDER: Final = "local"
 _BODY_TIMEOUT_S: Final = 15.0
 _KEEP_ALIVE_S: Final = 5
+_BACKLOG: Final = 64
+_PAGE: Final = Path(__file__).with_name("chat.html")
+_PAGE_HEADERS: Final = {
+    "Content-Security-Policy": (
+        "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-cache",
+}
 _MAX_HEADER_BYTES: Final = 16 * 1024
 _STOP_TIMEOUT_S: Final = 5
 
@@ -62,18 +74,49 @@ class LocalApi:
     """The server.
 
     Args:
-        config: Socket and limits; ``config.socket`` is set.
+        config: Sockets and limits; ``config.socket`` or ``config.tcp_port`` is set.
         requests: Takes prompts.
         facts: What is told about the agent.
+
+    Raises:
+        ConfigError: If the token of a TCP port cannot be read.
     """
 
     def __init__(self, config: LocalApiConfig, requests: RequestQueue, facts: Facts) -> None:
         self._config = config
         self._requests = requests
         self._facts = facts
-        self._socket: socket.socket | None = None
-        self._task: asyncio.Task[None] | None = None
-        routes = [
+        self._listeners: list[socket.socket] = []
+        self._inode: int | None = None
+        self._servers: list[asyncio.Server] = []
+        application = Starlette(
+            routes=self._routes(),
+            exception_handlers={
+                LamplighterError: _on_error,
+                HTTPException: _on_http_error,
+                ClientDisconnect: _on_leave,
+                Exception: _on_defect,
+            },
+        )
+        token = None if config.tcp_port is None else read_token(config)
+        # uvicorn's protocol without its Server, which would wake up ten times a second for nothing.
+        self._state = ServerState()
+        self._protocol = uvicorn.Config(
+            Gate(application, lambda: self.open_connections, config.max_connections, token),
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            http=BoundedProtocol,
+            ws="none",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        )
+        self._protocol.load()
+
+    def _routes(self) -> list[Route]:
+        return [
+            Route("/", self._page),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
             Route("/v1/models", self._models),
@@ -83,66 +126,93 @@ class LocalApi:
             Route("/status", self._status),
             Route("/metrics", self._metrics),
         ]
-        application = Starlette(
-            routes=routes,
-            exception_handlers={
-                LamplighterError: _on_error,
-                HTTPException: _on_http_error,
-                ClientDisconnect: _on_leave,
-                Exception: _on_defect,
-            },
-        )
-        self._server = _Server(
-            uvicorn.Config(
-                application,
-                lifespan="off",
-                log_config=None,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                http="h11",
-                ws="none",
-                limit_concurrency=config.max_connections,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=_STOP_TIMEOUT_S,
-                h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-            )
-        )
 
-    def listen(self) -> None:
-        """Make the socket; clients may connect and wait from now on.
+    def listen(self, passed: list[socket.socket] | None = None) -> None:
+        """Make the sockets; clients may connect and wait from now on.
+
+        Args:
+            passed: Listening sockets from the service manager, used in place of ``config.socket``.
 
         Raises:
             ConfigError: If the group is unknown.
-            ServiceError: If the socket is in use or cannot be made.
+            ServiceError: If a socket is in use or cannot be made.
         """
-        assert self._config.socket is not None
-        self._socket = unix_socket.listen(self._config.socket, mode=int(self._config.mode, 8), group=self._config.group)
+        if passed:
+            self._listeners += passed
+        elif self._config.socket is not None:
+            self._listeners.append(self._listen_on_path(self._config.socket))
+        if self._config.tcp_port is not None:
+            try:
+                self._listeners.append(socket.create_server(("127.0.0.1", self._config.tcp_port), backlog=_BACKLOG))
+            except OSError as error:
+                self._let_go()
+                raise ServiceError(
+                    f"cannot listen on the loopback's port {self._config.tcp_port}: {error.strerror}",
+                    hint="choose another local_api.tcp_port",
+                ) from error
+
+    def _listen_on_path(self, path: Path) -> socket.socket:
+        listener = unix_socket.listen(path, mode=int(self._config.mode, 8), group=self._config.group)
+        self._inode = path.stat().st_ino
+        return listener
 
     async def start(self) -> None:
-        """Answer clients; ``listen`` came before.
+        """Answer clients; ``listen`` came before."""
+        for listener in self._listeners:
+            await self._serve(listener)
+        logger.info("the local API listens on %s", ", ".join(str(each.getsockname()) for each in self._listeners))
 
-        Raises:
-            ServiceError: If the server cannot start.
-        """
-        assert self._socket is not None
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]), name="local-api")
-        while not self._server.started:
-            if self._task.done():
-                raise ServiceError(f"the local API on {self._config.socket} did not start")
-            await asyncio.sleep(0.005)
-        logger.info("the local API listens on %s", self._config.socket)
+    async def _serve(self, listener: socket.socket) -> None:
+        self._servers.append(
+            await asyncio.get_running_loop().create_server(
+                lambda: BoundedProtocol(config=self._protocol, server_state=self._state, app_state={}), sock=listener
+            )
+        )
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that clients hold open."""
+        return len(self._state.connections)
+
+    async def keep_reachable(self) -> None:
+        """Make the socket's file anew when somebody has removed or replaced it; connections that are open stay."""
+        path = self._config.socket
+        if self._inode is None or path is None or not self._servers:
+            return
+        try:
+            if path.stat().st_ino == self._inode:
+                return
+        except OSError:
+            logger.warning("the socket's file %s is gone; it is made anew", path)
+        try:
+            listener = self._listen_on_path(path)
+        except ServiceError as error:
+            logger.error("%s", error.message)  # noqa: TRY400 (the sentence says it; tried again at the next tick)
+            return
+        self._listeners.append(listener)
+        await self._serve(listener)
 
     async def stop(self) -> None:
-        """Finish what is being answered, within a bound, and remove the socket."""
-        if self._socket is None or self._config.socket is None:
-            return
-        if self._task is not None:
-            self._server.should_exit = True
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._task, 2 * _STOP_TIMEOUT_S)
-        self._socket.close()
-        self._config.socket.unlink(missing_ok=True)
+        """Finish what is being answered, within a bound, and remove the socket that was made here."""
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        if tasks := set(self._state.tasks):
+            _, late = await asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S)
+            for task in late:
+                task.cancel()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        if self._inode is not None and self._config.socket is not None:
+            self._config.socket.unlink(missing_ok=True)
+
+    async def _page(self, _request: Request) -> Response:
+        return FileResponse(_PAGE, headers=_PAGE_HEADERS, media_type="text/html; charset=utf-8")
 
     async def _chat(self, request: Request) -> Response:
         body = decode_body(await self._read(request), ChatRequest)
@@ -229,12 +299,20 @@ class LocalApi:
         return bytes(body)
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the agent has its own."""
+def read_token(config: LocalApiConfig) -> str:
+    """Return what TCP clients must show.
 
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    Raises:
+        ConfigError: If there is no file for it, or the file cannot be read or is empty.
+    """
+    if config.token_file is None:
+        raise ConfigError(
+            "local_api.tcp_port needs local_api.token_file", hint="write a long random word into a file of mode 0600"
+        )
+    token = read_secret(config.token_file, "local_api.token_file")
+    if not token:
+        raise ConfigError(f"local_api.token_file {config.token_file} is empty")
+    return token
 
 
 async def _unless_gone(request: Request, ticket: Ticket) -> TextDelta | Answer:

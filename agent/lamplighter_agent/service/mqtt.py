@@ -29,7 +29,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from lamplighter_agent.config import MqttConfig
-from lamplighter_agent.service.mqtt_credentials import read_password, tls_context
+from lamplighter_agent.service.credentials import read_password, tls_context
 from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Outgoing, Subscription
 
 logger = logging.getLogger(__name__)

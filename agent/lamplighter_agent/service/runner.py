@@ -30,7 +30,7 @@ from lamplighter_agent.update.trial import TrialMeasurement
 
 logger = logging.getLogger(__name__)
 
-RunnerState = Literal["no_package", "starting", "ready", "restarting", "failed", "switching"]
+RunnerState = Literal["no_package", "starting", "ready", "restarting", "failed", "switching", "safe_mode"]
 
 _FIRST_DELAY_S: Final = 1.0
 _MAX_DELAY_S: Final = 60.0
@@ -74,6 +74,22 @@ class PackageRunner:
         self._settled.clear()
         self._requests.detach()
         self._supervisor = asyncio.create_task(self._supervise(None), name="worker-supervisor")
+
+    def refuse(self, failure: RequestError) -> None:
+        """Run nothing and answer every request with ``failure`` until a package is started or switched to."""
+        self.failure = failure
+        self._requests.detach(failure)
+        self._set("safe_mode")
+
+    @property
+    def has_package(self) -> bool:
+        """True if there is a package that runs or should run."""
+        return self._path is not None
+
+    @property
+    def is_watched(self) -> bool:
+        """False if an engine should run and its supervisor has ended: a defect that only a new start mends."""
+        return self._supervisor is None or not self._supervisor.done()
 
     async def wait_settled(self) -> None:
         """Wait until the first worker is ready, or has failed, or there is no package to start."""

@@ -11,10 +11,28 @@ import logging
 import os
 import socket
 from collections.abc import Mapping
+from typing import Final
 
 logger = logging.getLogger(__name__)
 
-_STATUS_LIMIT = 200
+_STATUS_LIMIT: Final = 200
+_FIRST_FD: Final = 3
+_MAX_FDS: Final = 16
+
+
+def passed_sockets(environment: Mapping[str, str] = os.environ) -> list[socket.socket]:
+    """Return the listening sockets that the service manager made for us (socket activation), or none.
+
+    They are file descriptors from 3 on, counted in ``LISTEN_FDS`` and meant for the process ``LISTEN_PID``.
+    """
+    count = environment.get("LISTEN_FDS", "")
+    if environment.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
+        return []
+    sockets = []
+    for number in range(_FIRST_FD, _FIRST_FD + min(int(count), _MAX_FDS)):
+        os.set_inheritable(number, False)
+        sockets.append(socket.socket(fileno=number))
+    return sockets
 
 
 class ServiceManager:

@@ -17,6 +17,7 @@ import httpx2
 import psutil
 import pytest
 
+from lamplighter_agent.service.starts import StartCounter
 from lamplighter_agent.update.states import PackageRef
 from lamplighter_agent.update.store import Store
 from support.agents import running_agent
@@ -159,6 +160,47 @@ def test_a_socket_in_use_ends_it_with_the_service_status(tmp_path: Path, state: 
             assert "another process listens on" in agent.log.read_text()
 
 
+def test_it_serves_on_the_socket_that_the_service_manager_made(tmp_path: Path, state: Path, short: Path) -> None:
+    launcher = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3, inheritable=True)\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1')\n"
+        "os.execv(sys.executable, [sys.executable, '-m', 'support.run_agent', '', *sys.argv[2:]])\n"
+    )
+    path = short / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        arguments = [sys.executable, "-c", launcher, str(listener.fileno()), *settings(state, short)]
+        with subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=(listener.fileno(),)) as process:
+            try:
+                assert ask(short, "/v1/completions").json()["choices"][0]["text"] == "You said: hi"
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(20) == 0
+            finally:
+                process.kill()
+    assert path.exists()  # it is the service manager's
+
+
+def test_an_agent_that_does_not_stay_up_ends_in_safe_mode_and_says_why(
+    tmp_path: Path, state: Path, short: Path, notify: socket.socket
+) -> None:
+    for _ in range(6):
+        StartCounter(state)
+    environment = {"NOTIFY_SOCKET": str(short / "notify")}
+    with running_agent(tmp_path, settings(state, short), environment) as agent:
+        said = read_until(notify, "READY=1")
+        assert any("safe mode" in line for line in said)
+        response = ask(short, "/v1/completions")
+        assert response.status_code == 503
+        assert "the agent ended early 6 times in a row" in response.json()["error"]["message"]
+        assert psutil.Process(agent.pid).children() == []
+        assert agent.terminate() == 0
+    # It was stopped in order: the next start tries the package again.
+    with running_agent(tmp_path, settings(state, short), environment):
+        read_until(notify, "READY=1")
+        assert ask(short).json()["package"] == "tiny/1.0.0"
+
+
 def test_a_state_directory_that_cannot_be_made_ends_it_with_the_store_status(tmp_path: Path, short: Path) -> None:
     (tmp_path / "file").touch()
     with running_agent(tmp_path, settings(tmp_path / "file" / "state", short)) as agent:
@@ -186,10 +228,10 @@ def test_a_killed_agent_is_offline_by_its_will_and_a_new_one_counts_on(
 
 def test_serve_answers_and_ends_on_a_signal(fake_package: Path, short: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from lamplighter_agent.service import app\n"
+        "import sys; from pathlib import Path; from lamplighter_agent.service import app, serve\n"
         "from lamplighter_agent.engine.options import EngineOptions; from support import fake_engine\n"
         "engine = app.EngineModules(load=fake_engine.ENTRY)\n"
-        "sys.exit(app.serve(Path(sys.argv[1]), Path(sys.argv[2]), EngineOptions(), engine=engine))\n"
+        "sys.exit(serve.serve(Path(sys.argv[1]), Path(sys.argv[2]), EngineOptions(), engine=engine))\n"
     )
     arguments = [sys.executable, "-c", code, str(fake_package), str(short / "agent.sock")]
     with subprocess.Popen(arguments, stdin=subprocess.DEVNULL) as process:

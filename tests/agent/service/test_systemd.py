@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 
-from lamplighter_agent.service.systemd import ServiceManager
+from lamplighter_agent.service.systemd import ServiceManager, passed_sockets
 
 
 @pytest.mark.parametrize("kind", ["path", "abstract"])
@@ -47,3 +47,8 @@ def test_without_a_service_manager_nothing_happens(caplog: pytest.LogCaptureFixt
 def test_a_service_manager_that_is_gone_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     ServiceManager("/nonexistent/notify").alive()
     assert "cannot notify the service manager" in caplog.text
+
+
+def test_sockets_meant_for_another_process_are_left_alone() -> None:
+    assert passed_sockets({"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid() + 1)}) == []
+    assert passed_sockets({}) == []

@@ -1,0 +1,66 @@
+"""What every HTTP request passes before its route: the limit on connections, the token of TCP clients, the log line."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lamplighter_agent.service.local_api_protocol import TCP_CLIENT
+
+logger = logging.getLogger(__name__)
+
+_OPEN_PATHS: Final = frozenset({"/", "/health"})
+_RETRY_AFTER_S: Final = "2"
+
+
+class Gate:
+    """Wraps the application.
+
+    Args:
+        application: What answers those who get in.
+        connections: Gives the number of open connections, this one included.
+        max_connections: With more of them, requests are refused with 503.
+        token: What TCP clients must show, or None where there is no TCP.
+    """
+
+    def __init__(
+        self, application: ASGIApp, connections: Callable[[], int], max_connections: int, token: str | None
+    ) -> None:
+        self._application = application
+        self._connections = connections
+        self._max_connections = max_connections
+        self._token = token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in or answer it here."""
+        answer = self._refusal(Request(scope)) if scope["type"] == "http" else None
+        await (answer or self._application)(scope, receive, send)
+
+    def _refusal(self, request: Request) -> Response | None:
+        client = request.client
+        assert client is not None
+        if request.method == "POST":
+            logger.info("%s %s by %s, pid %d", request.method, request.url.path[:100], client.host, client.port)
+        if self._connections() > self._max_connections:
+            return _refused(503, "too many connections are open", "server_error", {"Retry-After": _RETRY_AFTER_S})
+        if client.host == TCP_CLIENT and request.url.path not in _OPEN_PATHS and not self._shows_token(request):
+            return _refused(401, "a wrong or missing token", "authentication_error", {"WWW-Authenticate": "Bearer"})
+        return None
+
+    def _shows_token(self, request: Request) -> bool:
+        kind, _, shown = request.headers.get("authorization", "").partition(" ")
+        expected = self._token or ""
+        return kind.lower() == "bearer" and bool(expected) and hmac.compare_digest(shown.encode(), expected.encode())
+
+
+def _refused(status: int, message: str, kind: str, headers: dict[str, str]) -> Response:
+    body = {"error": {"message": message, "type": kind, "param": None, "code": "request"}}
+    headers = {**headers, "Connection": "close"}
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")

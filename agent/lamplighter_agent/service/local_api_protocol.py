@@ -1,0 +1,117 @@
+"""uvicorn's HTTP/1.1 with what it lacks on a box: bounds on slow clients, and who is on the other end of the socket.
+
+uvicorn bounds the size of a header and the silence between requests. It does not bound how long a header may take to
+arrive nor how long a client may leave an answer unread; either would hold a connection for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+from asyncio.trsock import TransportSocket
+from typing import Final, NamedTuple
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+logger = logging.getLogger(__name__)
+
+HEADER_TIMEOUT_S: Final = 10.0
+UNREAD_TIMEOUT_S: Final = 30.0
+_PEER: Final = struct.Struct("3i")
+
+
+TCP_CLIENT: Final = "tcp"
+
+
+class Peer(NamedTuple):
+    """The process that opened a Unix connection, as the kernel tells."""
+
+    pid: int
+    user_id: int
+    group_id: int
+
+
+class BoundedProtocol(H11Protocol):
+    """A connection of the local API."""
+
+    header_timeout_s = HEADER_TIMEOUT_S
+    unread_timeout_s = UNREAD_TIMEOUT_S
+    _answering = False
+    _header_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the base class
+        """Note who connects; the first request must come soon."""
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        assert isinstance(connection, TransportSocket)
+        # What the application sees as the client; uvicorn has nothing to put there for a Unix socket.
+        if connection.family == socket.AF_UNIX:
+            peer = peer_of(connection)
+            self.client = (f"uid:{peer.user_id}", peer.pid)
+            logger.debug("connection by process %d, user %d, group %d", *peer)
+        else:
+            self.client = (TCP_CLIENT, 0)
+        self._await_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of the timers."""
+        self._header_arrived()
+        self._was_read()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes in; a header that has begun must end soon."""
+        if self._header_timer is None and not self._answering:
+            self._await_header()
+        super().data_received(data)
+
+    def handle_events(self) -> None:
+        """Look at what has come; a request that is under way afterwards has its header."""
+        before = self.scope
+        super().handle_events()
+        if self.scope is not before:
+            self._answering = True
+            self._header_arrived()
+
+    def on_response_complete(self) -> None:
+        """Go on with the next request of the connection, if it has one."""
+        self._answering = False
+        super().on_response_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read: give it a while."""
+        super().pause_writing()
+        if self._unread_timer is None:
+            self._unread_timer = self.loop.call_later(self.unread_timeout_s, self._give_up, "left its answer unread")
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._was_read()
+        super().resume_writing()
+
+    def _await_header(self) -> None:
+        self._header_timer = self.loop.call_later(self.header_timeout_s, self._give_up, "sent no whole header")
+
+    def _header_arrived(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _was_read(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+
+    def _give_up(self, fault: str) -> None:
+        logger.warning("a client (%s, pid %d) %s in time; it is disconnected", *(self.client or ("?", -1)), fault)
+        self.transport.abort()
+
+
+def peer_of(connection: TransportSocket) -> Peer:
+    """Return the process at the other end of a Unix socket."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    assert isinstance(found, bytes)
+    return Peer(*_PEER.unpack(found))

@@ -1,0 +1,177 @@
+"""The local API against clients that are slow, many, or strangers, and a socket file that goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from lamplighter_agent.config import LocalApiConfig
+from lamplighter_agent.errors import ConfigError, ServiceError
+from lamplighter_agent.service.local_api_protocol import BoundedProtocol
+from lamplighter_agent.service.worker import WorkerSpec
+from support.broker import free_port
+from support.service import ApiBox, running_api
+
+
+@pytest.fixture
+def socket_path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="ll-") as folder:
+        yield Path(folder) / "agent.sock"
+
+
+@pytest.fixture
+def api(socket_path: Path, spec: WorkerSpec) -> Iterator[ApiBox]:
+    with running_api(LocalApiConfig(socket=socket_path, max_connections=3), spec) as box:
+        yield box
+
+
+def client_of(path: Path) -> httpx.Client:
+    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=20)
+
+
+def connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(20)
+    connection.connect(str(path))
+    return connection
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: 1"])
+def test_a_client_that_sends_no_whole_header_is_disconnected(
+    api: ApiBox, socket_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bytes
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "header_timeout_s", 0.1)
+    with connected(socket_path) as connection:
+        connection.sendall(begun)
+        assert connection.recv(100) == b""
+
+
+def test_a_second_request_of_a_connection_must_have_its_header_soon_too(
+    api: ApiBox, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "header_timeout_s", 0.3)
+    with connected(socket_path) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}]}"):
+            answer += connection.recv(1000)
+        connection.sendall(b"GET /v1/models HT")
+        assert connection.recv(1000) == b""
+
+
+def test_a_client_that_does_not_read_is_disconnected(
+    api: ApiBox, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BoundedProtocol, "unread_timeout_s", 0.1)
+    body = json.dumps({"prompt": "/count 4000", "stream": True, "max_tokens": 20_000}).encode()
+    with connected(socket_path) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        api.wait_until_idle()
+        received = b""
+        while data := connection.recv(65536):
+            received += data
+    assert b"[DONE]" not in received
+
+
+def test_a_header_that_is_too_large_is_refused(api: ApiBox, socket_path: Path) -> None:
+    with connected(socket_path) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-Large: " + b"x" * 20_000)
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_too_many_connections_are_refused_in_openais_shape_and_harm_nobody_else(api: ApiBox, socket_path: Path) -> None:
+    held = [connected(socket_path) for _ in range(3)]
+    with client_of(socket_path) as http:
+        response = http.get("/v1/models")
+        assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
+        assert response.json()["error"]["type"] == "server_error"
+    for connection in held:
+        connection.close()
+    api.thread.run(_until_alone(api))
+    with client_of(socket_path) as http:
+        assert http.get("/v1/models").status_code == 200
+
+
+async def _until_alone(api: ApiBox) -> None:
+    while api.api.open_connections:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+def test_who_asks_is_logged_and_what_is_asked_is_not(
+    api: ApiBox, socket_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "lamplighter_agent")
+    with client_of(socket_path) as http:
+        assert http.post("/v1/completions", json={"prompt": "a secret"}).status_code == 200
+    assert f"POST /v1/completions by uid:{os.geteuid()}, pid {os.getpid()}" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_a_socket_file_that_is_removed_comes_back(api: ApiBox, socket_path: Path) -> None:
+    with client_of(socket_path) as before:
+        assert before.get("/v1/models").status_code == 200
+        socket_path.unlink()
+        api.thread.run(api.api.keep_reachable())
+        with client_of(socket_path) as after:
+            assert after.get("/v1/models").status_code == 200
+        assert before.get("/v1/models").status_code == 200
+
+
+def test_a_foreign_file_in_the_sockets_place_is_left_alone(api: ApiBox, socket_path: Path) -> None:
+    socket_path.unlink()
+    socket_path.write_text("precious")
+    api.thread.run(api.api.keep_reachable())
+    assert socket_path.read_text() == "precious"
+
+
+def test_the_chat_page_is_one_file_that_loads_nothing_else(api: ApiBox, socket_path: Path) -> None:
+    with client_of(socket_path) as http:
+        page = http.get("/")
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert page.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert not re.search(r"""(src|href)\s*=|@import|url\(|https?:""", page.text)
+    assert "v1/chat/completions" in page.text
+
+
+def test_tcp_clients_need_the_token(socket_path: Path, spec: WorkerSpec) -> None:
+    token = socket_path.parent / "token"
+    token.write_text("let-me-in\n")
+    port = free_port()
+    config = LocalApiConfig(socket=None, tcp_port=port, token_file=token)
+    with running_api(config, spec), httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        refused = http.post("/v1/completions", json={"prompt": "x"})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+        assert http.get("/metrics", headers={"Authorization": "Bearer guess"}).status_code == 401
+        assert http.get("/").status_code == 200
+        shown = {"Authorization": "Bearer let-me-in"}
+        answer = http.post("/v1/completions", json={"prompt": "x"}, headers=shown)
+        assert answer.json()["choices"][0]["text"] == "You said: x"
+
+
+def test_tcp_without_a_token_is_a_config_error(spec: WorkerSpec) -> None:
+    with (
+        pytest.raises(ConfigError, match="needs local_api"),
+        running_api(LocalApiConfig(socket=None, tcp_port=free_port()), None),
+    ):
+        pass
+
+
+def test_a_tcp_port_in_use_is_a_service_error(socket_path: Path) -> None:
+    (socket_path.parent / "token").write_text("word")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        config = LocalApiConfig(
+            socket=socket_path, tcp_port=other.getsockname()[1], token_file=socket_path.parent / "token"
+        )
+        with pytest.raises(ServiceError, match="cannot listen on the loopback's port"), running_api(config, None):
+            pass
