@@ -77,7 +77,7 @@ def test_a_client_that_does_not_read_is_disconnected(
     with connected(socket_path) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        api.wait_until_idle()
+        api.thread.run(_until_alone(api))
         received = b""
         while data := connection.recv(65536):
             received += data
