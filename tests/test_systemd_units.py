@@ -36,7 +36,7 @@ def test_the_units_are_well_formed(tmp_path: Path) -> None:
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     for unit in UNITS.glob("*.s*"):  # the program is not installed here, and systemd looks whether it is there
-        text = unit.read_text().replace("/opt/lamplighter/bin/lamplighter-agent", str(program))
+        text = unit.read_text().replace("/opt/lamplighter/current/bin/lamplighter-agent", str(program))
         (tmp_path / unit.name).write_text(text.replace("file:/opt/lamplighter/README.md", "https://example.com"))
     result = analyze("verify", "--man=no", *(str(tmp_path / name) for name in ("lamplighter-agent.service",)))
     assert (result.returncode, result.stderr) == (0, "")

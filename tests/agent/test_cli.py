@@ -97,3 +97,17 @@ def test_an_option_out_of_range_is_named(tiny_package: Path, capsys: pytest.Capt
 def test_the_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schema"]) == 0
     assert "Manifest" in json.loads(capsys.readouterr().out)["$defs"]
+
+
+def test_config_shows_every_setting_and_can_be_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--set", "device.id=box7", "--set", "mqtt.password_file=mqtt.password"]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(shown)
+    assert main(["config", "--config", str(tmp_path / "again.yaml")]) == 0
+    assert capsys.readouterr().out == shown
+    assert "password_file: mqtt.password" in shown
+
+
+def test_config_names_the_wrong_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--set", "mqtt.prot=1"]) == 3
+    assert "mqtt.prot" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
+import yaml
 
 from lamplighter_agent.arguments import MIB, Commands, add_command, shown
 from lamplighter_agent.config import AgentConfig, load_config
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add ``run``, ``serve``, ``pull``, ``status`` and ``rollback``."""
+    """Add ``run``, ``serve``, ``pull``, ``status``, ``config`` and ``rollback``."""
     run = add_command(commands, "run", run_agent, "run as a service: MQTT, local API, updates, telemetry")
     _add_config(run)
     serve = add_command(
@@ -42,6 +43,8 @@ def add_commands(commands: Commands) -> None:
     status = add_command(commands, "status", show_status, "ask the running agent how it is")
     status.add_argument("--socket", type=Path, help="the agent's socket (default: from the configuration)")
     _add_config(status)
+    config = add_command(commands, "config", show_config, "check a configuration and show all that is set by it")
+    _add_config(config)
     rollback = add_command(commands, "rollback", roll_back, "switch back to the previous package")
     _add_config(rollback)
 
@@ -107,6 +110,20 @@ def show_status(arguments: argparse.Namespace) -> int:
     for name, value in msgspec.structs.asdict(status).items():
         if value is not None:
             print(f"{name:28} {shown(name, value)}")
+    return 0
+
+
+def show_config(arguments: argparse.Namespace) -> int:
+    """Read a configuration as ``run`` would and print every setting with its value.
+
+    Raises:
+        ConfigError: If it is not in order.
+    """
+    values = msgspec.to_builtins(_config(arguments), enc_hook=str)
+    if arguments.json:
+        print(json.dumps(values))
+    else:
+        print(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), end="")
     return 0
 
 

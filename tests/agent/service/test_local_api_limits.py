@@ -77,6 +77,7 @@ def test_a_client_that_does_not_read_is_disconnected(
     with connected(socket_path) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        api.thread.run(_until_asked(api))
         api.thread.run(_until_alone(api))
         received = b""
         while data := connection.recv(65536):
@@ -101,6 +102,11 @@ def test_too_many_connections_are_refused_in_openais_shape_and_harm_nobody_else(
     api.thread.run(_until_alone(api))
     with client_of(socket_path) as http:
         assert http.get("/v1/models").status_code == 200
+
+
+async def _until_asked(api: ApiBox) -> None:
+    while not api.requests.counters.accepted:  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
 
 
 async def _until_alone(api: ApiBox) -> None:
