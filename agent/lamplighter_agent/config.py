@@ -195,11 +195,15 @@ class RequestsConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         queue_size: Requests that may wait; one more is refused with code 429.
+        rate_per_s: Requests a second that one client may keep up; more are refused with code 429.
+        burst: Requests that one client may send at once beyond that.
         default_deadline_s: Deadline of a request that names none.
         max_tokens: Generated tokens of a request that names no limit.
     """
 
     queue_size: Annotated[int, Meta(ge=1, le=10_000)] = 32
+    rate_per_s: Annotated[float, Meta(gt=0)] = 10.0
+    burst: PositiveInt = 40
     default_deadline_s: Seconds = 300.0
     max_tokens: PositiveInt = 512
 
@@ -209,10 +213,12 @@ class TelemetryConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         interval_s: Time between two samples.
+        batch_size: Samples sent together in one message.
         spool_mb: Most disk space for samples that wait for the broker; the oldest go first.
     """
 
     interval_s: Seconds = 30.0
+    batch_size: Annotated[int, Meta(ge=1, le=16)] = 1
     spool_mb: Mebibytes = 8
 
 

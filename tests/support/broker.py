@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
@@ -124,17 +125,27 @@ class TestClient:
         topics: Filters to subscribe to before the constructor returns.
         v5: MQTT 5, or 3.1.1.
         username: User name, or None.
+        tls: Context for TLS, or None.
     """
 
     __test__ = False
 
-    def __init__(self, port: int, *topics: str, v5: bool = True, username: str | None = None) -> None:
+    def __init__(
+        self,
+        port: int,
+        *topics: str,
+        v5: bool = True,
+        username: str | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.inbox: queue.Queue[Received] = queue.Queue()
         self._v5 = v5
         protocol = MQTTProtocolVersion.MQTTv5 if v5 else MQTTProtocolVersion.MQTTv311
         self._client = paho.Client(CallbackAPIVersion.VERSION2, protocol=protocol)
         if username is not None:
             self._client.username_pw_set(username)
+        if tls is not None:
+            self._client.tls_set_context(tls)
         subscribed: queue.Queue[None] = queue.Queue()
         self._client.on_message = lambda _client, _data, message: self.inbox.put(Received(message))
         self._client.on_subscribe = lambda *_arguments: subscribed.put(None)

@@ -22,7 +22,7 @@ from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import ContextOverflowError, IncompatiblePackageError, RequestError
 from lamplighter_agent.package.layout import MANIFEST_NAME
 from lamplighter_agent.package.manifest import Manifest, decode_manifest
-from lamplighter_agent.service.worker_messages import Load, Prompt
+from lamplighter_agent.service.worker_messages import CacheUse, Load, Prompt
 
 ENTRY = "support.fake_engine:load"
 PREPARE = "support.fake_engine"
@@ -51,6 +51,7 @@ class FakeEngine:
         self._manifest = manifest
         self._requests: dict[str, _Request] = {}
         self._failing: list[str] = []
+        self.kept_bytes = 1000
 
     @property
     def idle(self) -> bool:
@@ -95,6 +96,15 @@ class FakeEngine:
 
     def step(self) -> list[Event]:
         return list(self._step())
+
+    def caches(self) -> CacheUse:
+        used = sum(request.prompt_tokens + request.sent for request in self._requests.values())
+        capacity = CONTEXT_TOKENS * self.slots
+        return CacheUse(kv_used_tokens=used, kv_capacity_tokens=capacity, prefix_bytes=self.kept_bytes)
+
+    def clear_caches(self) -> int:
+        freed, self.kept_bytes = self.kept_bytes, 0
+        return freed
 
     def close(self) -> None:
         self._requests.clear()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lamplighter_agent.config import AgentConfig, LocalApiConfig, RequestsConfig
 from lamplighter_agent.errors import RequestError
 from lamplighter_agent.service.admission import RequestQueue
+from lamplighter_agent.service.commands import Outcome
 from lamplighter_agent.service.local_api import Facts, LocalApi
 from lamplighter_agent.service.messages import CommandMessage, DesiredMessage
 from lamplighter_agent.service.mqtt_service import Actions, MqttService
@@ -59,11 +60,11 @@ class MqttBox:
         self.service = MqttService(config, self.requests, actions, boot)
         self.service.start()
 
-    async def _command(self, command: CommandMessage) -> str:
+    async def _command(self, command: CommandMessage) -> Outcome:
         self.commands.append(command)
         if command.command == "rollback":
             raise RequestError("nothing to go back to", code=404)
-        return f"{command.command} done"
+        return Outcome(f"{command.command} done")
 
     def wait_until_connected(self) -> None:
         """Wait for the next birth message; one that was sent before counts."""
@@ -102,7 +103,9 @@ class ApiBox:
         base = spec or WorkerSpec(package=Path())
         self.runner = PackageRunner(base, self.requests, lambda: None)
         sampler = Sampler(agent, 1, self.requests, self.runner, lambda: "idle")
-        facts = Facts(sampler.sample, lambda: self.runner.package, lambda: self.runner.state == "ready")
+        facts = Facts(
+            sampler.sample, lambda: self.runner.package, lambda: self.runner.state, lambda: self.runner.state == "ready"
+        )
         self.api = LocalApi(config, self.requests, facts)
         self.api.listen()
         await self.api.start()

@@ -222,6 +222,12 @@ class Engine:
         if self._prefix_files is not None:
             self._prefix_files.save(self.prefixes)
 
+    def forget_prefixes(self) -> None:
+        """Forget what prompts began with, in memory and on the disk."""
+        self.prefixes.clear()
+        if self._prefix_files is not None:
+            self._prefix_files.clear()
+
     def _warm(self, pinned_prompts: tuple[str, ...]) -> None:
         """Compute the pinned prompts, and put on disk what was not there."""
         if not (pinned_prompts and self.plan.prefix_cache_bytes):

@@ -107,6 +107,15 @@ class PrefixFiles:
         except OSError as error:
             logger.warning("prefixes cannot be kept in %s: %s", self._directory, error)
 
+    def clear(self) -> None:
+        """Remove every file; failures are logged."""
+        self._entries.clear()
+        try:
+            for path in _listed(self._directory):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("prefix files in %s cannot be removed: %s", self._directory, error)
+
     def _save(self, prefixes: PrefixCache) -> None:
         make_directory(self._directory)
         free = self._max_bytes

@@ -20,6 +20,8 @@ from lamplighter_agent.config import RequestsConfig
 from lamplighter_agent.engine.events import Finished, FinishReason, TextDelta, Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import EngineError, LamplighterError, RequestError
+from lamplighter_agent.service.telemetry_message import LatencyRecorder
+from lamplighter_agent.service.token_bucket import TokenBuckets
 from lamplighter_agent.service.worker import EngineWorker
 from lamplighter_agent.service.worker_messages import Prompt
 
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_MODEL: Final = "default"
 MAX_REMEMBERED: Final = 4096
 _RETRY_AFTER_S: Final = 2.0
+_MOST_RETRY_AFTER_S: Final = 60.0
+_SMOOTHING: Final = 0.2
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,7 +39,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         id: The asker's name for it.
-        sender: Who asked; ids of different senders are unrelated.
+        sender: Where the answer goes; ids of different senders are unrelated.
+        client: Who asked, for the limit on how much one may ask; None: the sender.
         prompt: What to answer.
         params: Generation options, without a deadline.
         model: ``name`` or ``name/version`` that must be the active package; None or ``default`` takes any.
@@ -45,6 +50,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     id: str
     sender: str
+    client: str | None = None
     prompt: Prompt
     params: GenerationParams
     model: str | None = None
@@ -77,8 +83,24 @@ class Counters:
         self.refused = 0
         self.failed = 0
         self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.generated_tokens = 0
         self.last: Timings | None = None
+        self.first_token = LatencyRecorder()
+        self.token = LatencyRecorder()
+        self.queue_wait = LatencyRecorder()
+
+    def note(self, usage: Usage, timings: Timings) -> None:
+        """Count a finished request."""
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.generated_tokens += usage.generated_tokens
+        self.queue_wait.add(timings.queue_s)
+        if usage.generated_tokens:
+            self.last = timings
+            self.first_token.add(timings.first_token_s)
+        if usage.generated_tokens > 1:
+            self.token.add(timings.decode_s / (usage.generated_tokens - 1))
 
 
 Event: TypeAlias = TextDelta | Answer
@@ -142,6 +164,8 @@ class RequestQueue:
         self._worker: EngineWorker | None = None
         self._refusal: RequestError | None = None
         self._closed = False
+        self._buckets = TokenBuckets(config.rate_per_s, config.burst)
+        self._mean_s = 0.0
         self.counters = Counters()
 
     @property
@@ -196,12 +220,13 @@ class RequestQueue:
             self._check_model(request.model)
             if request.idempotent and self._is_known(request):
                 return None
+            self._check_rate(request.client or request.sender)
             free = self._worker is not None and not self._waiting and self._has_slot(self._worker)
             if not free and len(self._waiting) >= self._config.queue_size:
                 raise RequestError(
                     f"{len(self._waiting)} requests are waiting already",
                     code=429,
-                    retry_after_s=_RETRY_AFTER_S,
+                    retry_after_s=self._retry_after_s(),
                     hint="try again later, or ask another box of the group",
                 )
         except RequestError:
@@ -280,8 +305,10 @@ class RequestQueue:
         try:
             if ticket.cancelled:  # since its start was decided: the worker does not know it yet
                 raise _cancelled()
+            begun_s = time.monotonic()
             async for event in worker.generate(ticket.number, request.prompt, params):
                 if isinstance(event, Finished):
+                    self._mean_s += _SMOOTHING * (time.monotonic() - begun_s - self._mean_s)
                     ticket.put(self._answer(event, parts, waited_s, worker))
                 else:
                     parts.append(event.text)
@@ -300,10 +327,7 @@ class RequestQueue:
             queue_s=event.timings.queue_s + waited_s,
             first_token_s=event.timings.first_token_s + waited_s,
         )
-        self.counters.prompt_tokens += event.usage.prompt_tokens
-        self.counters.generated_tokens += event.usage.generated_tokens
-        if event.usage.generated_tokens:
-            self.counters.last = timings
+        self.counters.note(event.usage, timings)
         return Answer(
             text="".join(parts) + event.text_tail,
             tail=event.text_tail,
@@ -325,6 +349,21 @@ class RequestQueue:
 
     def _deadline_s(self, request: GenerationRequest) -> float:
         return request.deadline_s or self._config.default_deadline_s
+
+    def _check_rate(self, client: str) -> None:
+        wait_s = self._buckets.take(client, time.monotonic())
+        if wait_s > 0.0:
+            raise RequestError(
+                f"one client may send {self._config.rate_per_s:g} requests a second and {self._config.burst} at once",
+                code=429,
+                retry_after_s=wait_s,
+                hint="send fewer, or raise requests.rate_per_s",
+            )
+
+    def _retry_after_s(self) -> float:
+        """Return when a place in the queue should be free, by how long answers took lately."""
+        slots = self._worker.ready.slots if self._worker is not None and self._worker.ready is not None else 1
+        return min(_MOST_RETRY_AFTER_S, max(_RETRY_AFTER_S, self._mean_s / slots))
 
     def _check_model(self, model: str | None) -> None:
         if self._worker is None or self._worker.ready is None or model in {None, DEFAULT_MODEL}:

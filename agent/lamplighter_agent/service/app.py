@@ -13,15 +13,15 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import lamplighter_agent
 from lamplighter_agent.config import AgentConfig, EngineConfig
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.errors import LamplighterError, RequestError, StoreError
 from lamplighter_agent.package.durable import make_directory, storage_errors, write_file
 from lamplighter_agent.service.admission import RequestQueue
+from lamplighter_agent.service.commands import Commands, Links
+from lamplighter_agent.service.diagnostics import LogMemory
 from lamplighter_agent.service.liveness import Liveness
 from lamplighter_agent.service.local_api import Facts, LocalApi
-from lamplighter_agent.service.messages import CommandMessage
 from lamplighter_agent.service.mqtt_service import Actions, MqttService
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.starts import FORGIVEN_AFTER_S, PREVIOUS_AFTER, StartCounter
@@ -114,12 +114,23 @@ class Agent:
         self._api: LocalApi | None = None
         self._mqtt: MqttService | None = None
         self._telemetry: TelemetryReporter | None = None
+        self._log = LogMemory()
+        links = Links(self._describe, self._report_again, self._start_package_in_use, self._log)
+        self._commands = Commands(config, self._store, self._runner, self._updates, self._sampler, links)
         if config.mqtt.enabled:
-            actions = Actions(self._on_command, self._updates.request, self._on_connected, lambda: self._runner.package)
+            actions = Actions(
+                self._commands.run,
+                self._updates.request,
+                self._on_connected,
+                lambda: self._runner.package,
+                lambda: "safe_mode" if self._runner.state == "safe_mode" else None,
+            )
             self._mqtt = MqttService(config, self._requests, actions, boot)
+            self._sampler.connection = self._mqtt.connection
             self._telemetry = TelemetryReporter(config, self._sampler, self._mqtt)
         if config.local_api.socket is not None or config.local_api.tcp_port is not None:
-            self._api = LocalApi(config.local_api, self._requests, facts_of(self._sampler, self._runner))
+            facts = facts_of(self._sampler, self._runner)._replace(identifies=lambda: self._commands.identifies)
+            self._api = LocalApi(config.local_api, self._requests, facts)
         self._liveness = Liveness(
             config.state_dir, self._mqtt.connection if self._mqtt else None, lambda: self._runner.is_watched
         )
@@ -131,6 +142,7 @@ class Agent:
             LamplighterError: If it cannot start; whatever was started has ended then.
         """
         stop = stop_on_signals()
+        logging.getLogger().addHandler(self._log)
         try:
             await self._start_up(stop)
             await self._main_loop(stop)
@@ -138,6 +150,7 @@ class Agent:
         finally:
             self._manager.stopping()
             await self._shut_down()
+            logging.getLogger().removeHandler(self._log)
 
     async def _start_up(self, stop: asyncio.Event) -> None:
         if self._api is not None:
@@ -215,6 +228,9 @@ class Agent:
             return
         if mode == "previous_package":
             self._go_back()
+        await self._start_package_in_use()
+
+    async def _start_package_in_use(self) -> None:
         package = await self._updates.start_up()
         if package is None:
             logger.info("no package is in use; push one with lamplighter-fleet push NAME/VERSION")
@@ -285,22 +301,10 @@ class Agent:
         self._tasks.append(replay)
         replay.add_done_callback(self._tasks.remove)
 
-    async def _on_command(self, command: CommandMessage) -> str:
-        match command.command:
-            case "ping":
-                return f"lamplighter-agent {lamplighter_agent.__version__}: {self._describe()}"
-            case "report":
-                self._on_connected()
-                if self._mqtt is not None:
-                    self._mqtt.publish_status()
-                return "status, reported and telemetry were sent again"
-            case "restart_worker":
-                await self._runner.restart()
-                return "the engine is starting anew"
-            case "rollback":
-                return await self._updates.rollback("mqtt")
-            case "cancel_update":
-                return self._updates.cancel("mqtt")
+    def _report_again(self) -> None:
+        self._on_connected()
+        if self._mqtt is not None:
+            self._mqtt.publish_status()
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -314,7 +318,7 @@ def stop_on_signals() -> asyncio.Event:
 
 def facts_of(sampler: Sampler, runner: PackageRunner) -> Facts:
     """Return what the local API tells."""
-    return Facts(sampler.sample, lambda: runner.package, lambda: runner.state == "ready")
+    return Facts(sampler.sample, lambda: runner.package, lambda: runner.state, lambda: runner.state == "ready")
 
 
 def stopping() -> RequestError:

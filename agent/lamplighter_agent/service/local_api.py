@@ -6,7 +6,7 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -62,12 +62,16 @@ class Facts(NamedTuple):
     Attributes:
         sample: Gives the state of now.
         package: Gives the package in use as ``name/version``, or None.
+        worker: Gives the state of the engine.
+        identifies: True while the chat page shall show that this is the box that somebody looks for.
         ready: True when prompts are answered.
     """
 
-    sample: Callable[[], TelemetryMessage]
+    sample: Callable[[], Awaitable[TelemetryMessage]]
     package: Callable[[], str | None]
+    worker: Callable[[], str]
     ready: Callable[[], bool]
+    identifies: Callable[[], bool] = lambda: False
 
 
 class LocalApi:
@@ -229,6 +233,7 @@ class LocalApi:
             GenerationRequest(
                 id=answer_id,
                 sender=_SENDER,
+                client=request.client.host if request.client else None,
                 prompt=body.to_prompt(),
                 params=body.to_params(),
                 model=body.model,
@@ -270,19 +275,20 @@ class LocalApi:
 
     async def _health(self, _request: Request) -> Response:
         ready = self._facts.ready()
-        sample = self._facts.sample()
         state: JsonObject = {
             "status": "ok" if ready else "unavailable",
-            "worker": sample.worker,
-            "package": sample.package,
+            "worker": self._facts.worker(),
+            "package": self._facts.package(),
+            "identify": self._facts.identifies(),
         }
         return _json(state, status=200 if ready else 503)
 
     async def _status(self, _request: Request) -> Response:
-        return _json(self._facts.sample())
+        return _json(await self._facts.sample())
 
     async def _metrics(self, _request: Request) -> Response:
-        return Response(metrics.prometheus_text(self._facts.sample()), headers={"Content-Type": metrics.CONTENT_TYPE})
+        text = metrics.prometheus_text(await self._facts.sample())
+        return Response(text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def _read(self, request: Request) -> bytes:
         body = bytearray()

@@ -17,6 +17,7 @@ from lamplighter_agent.engine.events import FinishReason, Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import LamplighterError, ManifestError, RequestError, WorkerError
 from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.service.telemetry_message import TelemetryMessage as TelemetryMessage
 from lamplighter_agent.service.topics import Topics as Topics
 from lamplighter_agent.service.topics import parse_device_topic as parse_device_topic
 from lamplighter_agent.update.states import Desired, UpdateReport
@@ -27,12 +28,24 @@ WORKER_RETRY_S: Final = 2.0
 RequestId = Annotated[str, Meta(min_length=1, max_length=128)]
 ShortText = Annotated[str, Meta(max_length=256)]
 Duration = Annotated[float, Meta(gt=0, le=86_400)]
-CommandName = Literal["restart_worker", "report", "rollback", "cancel_update", "ping"]
+CommandName = Literal[
+    "ping",
+    "identify",
+    "report",
+    "restart_worker",
+    "rollback",
+    "cancel_update",
+    "clear_caches",
+    "set_log_level",
+    "collect_diagnostics",
+]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 DesiredMessage: TypeAlias = Desired
 ReportedMessage: TypeAlias = UpdateReport
 
 _M = TypeVar("_M", bound=msgspec.Struct)
+_T = TypeVar("_T")
 
 
 class PromptMessage(GenerationParams, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -80,11 +93,16 @@ class CommandMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Asks the agent to do something once.
 
     Attributes:
-        command: ``ping`` answers; ``report`` sends status, reported and telemetry again; ``restart_worker`` starts
-            the engine anew; ``rollback`` goes back to the previous package; ``cancel_update`` ends the update at work.
+        command: ``ping`` answers; ``identify`` tells which machine this is, and shows it to whoever looks at it;
+            ``report`` sends status, reported and telemetry again; ``restart_worker`` starts the engine anew;
+            ``rollback`` goes back to the previous package; ``cancel_update`` ends the update at work; ``clear_caches`` forgets the prefixes of earlier prompts;
+            ``set_log_level`` lasts until the agent's end; ``collect_diagnostics`` answers with what a support person
+            asks for first.
+        level: For ``set_log_level``, which needs it.
     """
 
     command: CommandName
+    level: LogLevel | None = None
     id: RequestId | None = None
     reply_to: str | None = None
 
@@ -99,7 +117,7 @@ class StatusMessage(msgspec.Struct, frozen=True, kw_only=True):
             ``(boot, connection)`` is lower than one it has seen: a will may come late.
         agent: The agent's version.
         package: The active package as ``name/version``, or None.
-        reason: Why it went offline: ``shutdown`` or ``connection_lost``; None when online.
+        reason: Why it is offline: ``shutdown`` or ``connection_lost``. When online None, or ``safe_mode``.
     """
 
     state: Literal["online", "offline"]
@@ -116,64 +134,6 @@ class EventMessage(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     message: str
     time_unix_s: float
-
-
-class TelemetryMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One sample of a device's condition. Rates and latencies are of the last finished request; None before the first.
-
-    Attributes:
-        time_unix_s: When it was taken, by the device's clock.
-        boot: Starts of the agent so far.
-        uptime_s: Since the agent's start.
-        agent: The agent's version.
-        package: The active package, or None.
-        update_state: As in ``reported``.
-        worker: State of the engine's worker process.
-        worker_restarts: Unplanned restarts of the worker since the agent's start.
-        queue_depth: Requests that wait; ``requests_active`` are being answered.
-        requests_total: Requests accepted; ``requests_refused`` refused, ``requests_failed`` ended in an error.
-        prompt_tokens_total: Prompt tokens processed; ``generated_tokens_total`` tokens generated.
-        generated_tokens_per_s: Decode rate.
-        time_to_first_token_s: From arrival to the first token.
-        worker_rss_bytes: Resident memory of the worker now; ``worker_peak_rss_bytes`` its highest.
-        agent_rss_bytes: Resident memory of the agent's main process.
-        cpu_percent: Use of all cores together, 0 to 100; ``load_1m`` is the load average.
-        memory_available_bytes: Memory that programs could still take.
-        disk_free_bytes: Free space where the state lies.
-        temperature_celsius: The hottest sensor, or None.
-        spool_dropped: Samples lost because the spool was full.
-        historical: True for a sample that waited in the spool.
-    """
-
-    time_unix_s: float
-    boot: int
-    uptime_s: float
-    agent: str
-    package: str | None
-    update_state: str
-    worker: str
-    worker_restarts: int
-    queue_depth: int
-    requests_active: int
-    requests_total: int
-    requests_refused: int
-    requests_failed: int
-    prompt_tokens_total: int
-    generated_tokens_total: int
-    generated_tokens_per_s: float | None
-    prompt_tokens_per_s: float | None
-    time_to_first_token_s: float | None
-    worker_rss_bytes: int | None
-    worker_peak_rss_bytes: int | None
-    agent_rss_bytes: int
-    cpu_percent: float
-    load_1m: float
-    memory_total_bytes: int
-    memory_available_bytes: int
-    disk_free_bytes: int
-    temperature_celsius: float | None = None
-    spool_dropped: int = 0
-    historical: bool = False
 
 
 class DeltaReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="delta"):
@@ -220,10 +180,11 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
 
 class ResultReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="result"):
-    """A command was done."""
+    """A command was done; ``data`` holds what it found, if it looks for something."""
 
     id: str | None
     message: str
+    data: dict[str, object] | None = None
     correlation: str | None = None
 
 
@@ -281,7 +242,10 @@ def decode_command(payload: bytes) -> CommandMessage:
     Raises:
         RequestError: If it is not a well-formed, known command.
     """
-    return _decode(payload, CommandMessage, "command")
+    command = _decode(payload, CommandMessage, "command")
+    if (command.level is not None) != (command.command == "set_log_level"):
+        raise RequestError("'level' is for the command set_log_level, which needs it", param="level")
+    return command
 
 
 def decode_desired(payload: bytes) -> DesiredMessage:
@@ -307,6 +271,17 @@ def decode_reply(payload: bytes) -> Reply:
     return _decode_any(payload, _REPLY_DECODER, "reply")
 
 
+def decode_telemetry(payload: bytes) -> list[TelemetryMessage]:
+    """Read a telemetry message: one sample, or a batch of them, oldest first.
+
+    Raises:
+        RequestError: If it is neither.
+    """
+    if payload.lstrip().startswith(b"["):
+        return _decode_any(payload, _BATCH_DECODER, "telemetry")
+    return [_decode(payload, TelemetryMessage, "telemetry")]
+
+
 def decode_from_device(payload: bytes, kind: type[_M]) -> _M:
     """Read a ``StatusMessage``, ``ReportedMessage``, ``TelemetryMessage`` or ``EventMessage`` of a device.
 
@@ -319,6 +294,11 @@ def decode_from_device(payload: bytes, kind: type[_M]) -> _M:
 def encode(message: msgspec.Struct) -> bytes:
     """Return any message as JSON."""
     return msgspec.json.encode(message)
+
+
+def encode_telemetry(samples: list[TelemetryMessage]) -> bytes:
+    """Return one sample as a JSON object, several as a list."""
+    return msgspec.json.encode(samples[0] if len(samples) == 1 else samples)
 
 
 def encode_final(message: FinalReply) -> bytes:
@@ -356,6 +336,7 @@ def error_reply(error: LamplighterError, request_id: str | None, correlation: st
 _REPLY_DECODER: Final[msgspec.json.Decoder[Reply]] = msgspec.json.Decoder(
     DeltaReply | FinalReply | ErrorReply | ResultReply
 )
+_BATCH_DECODER: Final = msgspec.json.Decoder(list[TelemetryMessage])
 _UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
 _AT_PATH = re.compile(r"at `\$\.?(\w+)")
 
@@ -364,7 +345,7 @@ def _decode(payload: bytes, kind: type[_M], what: str) -> _M:
     return _decode_any(payload, msgspec.json.Decoder(kind), what)
 
 
-def _decode_any(payload: bytes, decoder: msgspec.json.Decoder[_M], what: str) -> _M:
+def _decode_any(payload: bytes, decoder: msgspec.json.Decoder[_T], what: str) -> _T:
     _check_size(payload, what)
     try:
         return decoder.decode(payload)

@@ -42,8 +42,12 @@ _WILL_DELAY_S: Final = 5
 _CONNECT_TIMEOUT_S: Final = 10.0
 _FIRST_DELAY_S: Final = 1.0
 _LEAST_DELAY_S: Final = 0.2
+_MAX_IN_FLIGHT: Final = 10
 _TICK_S: Final = 1.0
 _SESSION_TAKEN_OVER: Final = 0x8E
+_STABLE_S: Final = 10.0
+_FIGHT_TRIES: Final = 5
+_TWICE: Final = "is the device id used twice?"
 _T = TypeVar("_T")
 
 
@@ -75,6 +79,7 @@ class MqttConnection:
         self._outbox: deque[Outgoing] = deque()
         self._inbound = 0
         self._unacknowledged: set[int] = set()
+        self._window = _MAX_IN_FLIGHT
         self._stopping = threading.Event()
         self._stop_by_s = 0.0
         self._taken_over = False
@@ -127,7 +132,7 @@ class MqttConnection:
             CallbackAPIVersion.VERSION2, client_id, clean_session=None if self._v5 else False, protocol=protocol
         )
         client.suppress_exceptions = True
-        client.max_inflight_messages_set(20)
+        client.max_inflight_messages_set(_MAX_IN_FLIGHT)
         client.max_queued_messages_set(MAX_OUTBOX)
         client.connect_timeout = _CONNECT_TIMEOUT_S
         client.on_connect = self._on_connect
@@ -158,19 +163,26 @@ class MqttConnection:
     def _run(self) -> None:
         tries = 0
         while not self._stopping.is_set():
-            before = self.connections
+            before, begun_s = self.connections, time.monotonic()
             try:
                 self._connect_and_serve()
+                if self.connections == before and not self._failure and not self._stopping.is_set():
+                    self._note_failure(
+                        "it closed the connection without an answer: is this port for TLS, or the certificate refused?"
+                    )
             except (OSError, ValueError) as error:
                 self._note_failure(f"{error}")
             except Exception:  # a thread's boundary: whatever paho does, the agent keeps trying
                 logger.exception("the MQTT connection failed in an unexpected way")
             self._connection_lost(self._failure or "the connection was closed")
-            tries = 0 if self.connections > before else tries + 1
+            lasted = self.connections > before and time.monotonic() - begun_s >= _STABLE_S
+            tries = 0 if lasted else tries + 1
+            if self.connections > before and tries == _FIGHT_TRIES:
+                # Not every broker says that a session was taken over; some just close the old connection.
+                logger.error("the broker ends connections soon after they begin: %s", _TWICE)
             if self._stopping.is_set():
                 return
-            cap = min(self._config.reconnect_max_s, _FIRST_DELAY_S * 2 ** min(tries, 16))
-            delay = random.uniform(min(_LEAST_DELAY_S, cap), cap)  # noqa: S311 (spreads load, guards nothing)
+            delay = reconnect_delay_s(tries, self._config.reconnect_max_s)
             if self._taken_over:
                 delay = self._config.reconnect_max_s
                 self._taken_over = False
@@ -236,6 +248,8 @@ class MqttConnection:
             with self._lock:
                 if not self._outbox:
                     return
+                if self._outbox[0].qos > 0 and len(self._unacknowledged) >= self._window:
+                    return  # the broker's Receive Maximum, which paho does not keep
                 message = self._outbox.popleft()
             info = self._client.publish(
                 message.topic, message.payload, message.qos, message.retain, self._publish_properties(message)
@@ -262,12 +276,14 @@ class MqttConnection:
         return properties
 
     def _on_connect(
-        self, client: paho.Client, _data: object, _flags: paho.ConnectFlags, code: ReasonCode, _props: Properties | None
+        self, client: paho.Client, _data: object, _flags: paho.ConnectFlags, code: ReasonCode, props: Properties | None
     ) -> None:
         if code.is_failure:
             self._note_failure(f"the broker refused the connection: {code}")
             return
         self._failure = ""
+        granted: dict[str, Any] = props.json() if props is not None else {}  # type: ignore[no-untyped-call]
+        self._window = min(_MAX_IN_FLIGHT, granted.get("ReceiveMaximum", _MAX_IN_FLIGHT))
         self._subscribe()
 
     def _subscribe(self) -> None:
@@ -314,7 +330,7 @@ class MqttConnection:
     ) -> None:
         if code.value == _SESSION_TAKEN_OVER:
             self._taken_over = True
-            logger.error("another client took over this device's session: is the device id used twice?")
+            logger.error("another client took over this device's session: %s", _TWICE)
         self._connection_lost(str(code))
 
     def _connection_lost(self, reason: str) -> None:
@@ -342,6 +358,7 @@ class MqttConnection:
             topic=topic,
             payload=bytes(message.payload),
             retain=message.retain,
+            duplicate=message.dup,
             response_topic=properties.get("ResponseTopic"),
             correlation=bytes.fromhex(correlation) if correlation is not None else None,
             content_type=properties.get("ContentType"),
@@ -377,6 +394,15 @@ class MqttConnection:
         if failure != self._failure:  # once for each kind of trouble, not once a try
             logger.warning("no connection to the broker %s:%d: %s", self._config.host, self._config.port, failure)
         self._failure = failure
+
+
+def reconnect_delay_s(tries: int, most_s: float) -> float:
+    """Return how long to wait after so many tries in vain: twice as long each time, with full jitter, up to ``most_s``.
+
+    A fleet whose broker comes back must not connect in one moment.
+    """
+    cap_s = min(most_s, _FIRST_DELAY_S * 2 ** min(tries, 16))
+    return random.uniform(min(_LEAST_DELAY_S, cap_s), cap_s)  # noqa: S311 (spreads load, guards nothing)
 
 
 def _properties(kind: int) -> Properties:

@@ -16,6 +16,8 @@ from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.errors import LamplighterError, RequestError
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.answer_memory import AnswerMemory
+from lamplighter_agent.service.commands import Outcome
 from lamplighter_agent.service.delta_batch import DeltaBatch
 from lamplighter_agent.service.messages import (
     CommandMessage,
@@ -51,16 +53,18 @@ class Actions(NamedTuple):
     """What the rest of the agent does for messages.
 
     Attributes:
-        command: Carries a command out and returns a sentence for the answer; may raise ``LamplighterError``.
+        command: Carries a command out and returns what came of it; may raise ``LamplighterError``.
         desired: Takes note of the wanted package; must not block.
         connected: Called after each birth message.
         package: Gives the active package as ``name/version``, or None.
+        concern: Gives what is wrong although the device is online (``safe_mode``), or None.
     """
 
-    command: Callable[[CommandMessage], Awaitable[str]]
+    command: Callable[[CommandMessage], Awaitable[Outcome]]
     desired: Callable[[DesiredMessage], None]
     connected: Callable[[], None]
     package: Callable[[], str | None]
+    concern: Callable[[], str | None] = lambda: None
 
 
 class _Return(NamedTuple):
@@ -101,6 +105,7 @@ class MqttService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._commands: asyncio.Queue[tuple[CommandMessage, _Return]] = asyncio.Queue(MAX_COMMANDS)
         self._status = b""
+        self._memory = AnswerMemory()
         self._handlers = {
             self._topics.device("prompt"): self._on_prompt,
             self._topics.device("cancel"): self._on_cancel,
@@ -148,7 +153,7 @@ class MqttService:
 
     def publish_status(self) -> None:
         """Publish that the device is online, with the package that is active now."""
-        self._publish_status("online")
+        self._publish_status("online", self._actions.concern())
 
     def publish_reported(self, report: ReportedMessage) -> None:
         """Publish the state of the update, retained."""
@@ -192,7 +197,7 @@ class MqttService:
         return Will(self._topics.device("status"), encode(status))
 
     def _on_connected(self, _connection: int) -> None:
-        self._publish_status("online")
+        self.publish_status()
         self._actions.connected()
 
     def _on_disconnected(self, reason: str) -> None:
@@ -216,11 +221,24 @@ class MqttService:
         back = self._return(message, prompt.reply_to, prompt.correlation)
         given_id = prompt.id or (message.correlation.hex()[:128] if message.correlation else None)
         request = self._request(prompt, given_id, back, message.expiry_s)
+        if given_id is None and self._memory.is_repeated(
+            (back.topic.encode(), message.topic.encode(), message.payload), duplicate=message.duplicate
+        ):
+            logger.info("ignored a prompt that the broker delivered twice")
+            return
         ticket = self._requests.submit(request)
         if ticket is None:
-            logger.info("ignored request %s: it is known already", request.id)
+            self._answer_again(request.id, back)
             return
         self._spawn(self._answer(ticket, back, stream=prompt.stream), f"mqtt-answer-{request.id}")
+
+    def _answer_again(self, request_id: str, back: _Return) -> None:
+        """A known request came again: an answer that left by an earlier connection may be lost, and is sent again."""
+        payload = self._memory.lost(back.topic, request_id, self.connection.connections)
+        if payload is None:
+            logger.info("ignored request %s: it is known already", request_id)
+        else:
+            self._reply(back, payload, qos=1)
 
     def _request(
         self, prompt: PromptMessage, given_id: str | None, back: _Return, expiry_s: int | None
@@ -238,6 +256,7 @@ class MqttService:
         return GenerationRequest(
             id=given_id or uuid.uuid4().hex,
             sender=back.topic,
+            client=self._topics.client_of(back.topic),
             prompt=Prompt(text=prompt.prompt, messages=messages, raw=prompt.raw),
             params=prompt.params(),
             model=prompt.model,
@@ -259,13 +278,21 @@ class MqttService:
                 if stream:
                     deltas.add(event.tail)
                 deltas.close()
-                self._reply(back, encode_final(self._final(event, request_id, back, deltas.sent)), qos=1)
+                self._end(ticket, back, encode_final(self._final(event, request_id, back, deltas.sent)))
         except LamplighterError as error:
             deltas.close()
-            self._reply(back, encode(error_reply(error, request_id, back.correlation)), qos=1)
+            self._end(ticket, back, encode(error_reply(error, request_id, back.correlation)))
         finally:
             deltas.close()
             ticket.cancel()
+
+    def _end(self, ticket: Ticket, back: _Return, payload: bytes) -> None:
+        request = ticket.request
+        if request.idempotent:
+            connection = self.connection.connections if self.connection.connected else 0
+            until_s = ticket.arrived_s + (request.deadline_s or self._config.requests.default_deadline_s)
+            self._memory.keep(back.topic, request.id, payload, connection, until_s)
+        self._reply(back, payload, qos=1)
 
     def _final(self, answer: Answer, request_id: str, back: _Return, sent: int) -> FinalReply:
         return FinalReply(
@@ -328,7 +355,7 @@ class MqttService:
             command, back = await self._commands.get()
             try:
                 done = await self._actions.command(command)
-                payload = encode(ResultReply(id=command.id, message=done))
+                payload = encode(ResultReply(id=command.id, message=done.message, data=done.data))
             except LamplighterError as error:
                 payload = encode(error_reply(error, command.id))
             self._reply(back, payload, qos=1)
@@ -351,7 +378,7 @@ class MqttService:
         except RequestError:
             status = None
         if self._status and (status is None or status.state == "offline"):
-            self._publish_status("online")
+            self.publish_status()
 
     def _spawn(self, work: Awaitable[None], name: str) -> None:
         task = asyncio.ensure_future(work)

@@ -12,12 +12,14 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True):
     """A message from the broker; everything but topic and payload needs MQTT 5 and is None with 3.1.1.
 
     Attributes:
+        duplicate: The broker may have delivered it before (with 3.1.1 too).
         expiry_s: What is left of the message's expiry interval.
     """
 
     topic: str
     payload: bytes
     retain: bool
+    duplicate: bool = False
     response_topic: str | None = None
     correlation: bytes | None = None
     content_type: str | None = None

@@ -65,6 +65,11 @@ class Topics:
             )
         return topic
 
+    def client_of(self, reply_topic: str) -> str:
+        """Return the client that owns a reply topic: the level after ``reply/``, or ``reply`` for the device's own."""
+        area, found, rest = reply_topic.partition(f"{self.prefix}/reply/")
+        return rest.partition("/")[0] if found and not area else "reply"
+
 
 def parse_device_topic(prefix: str, topic: str) -> tuple[str, str] | None:
     """Return device id and leaf of a topic ``prefix/device/id/leaf``, or None for any other topic."""

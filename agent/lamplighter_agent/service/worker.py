@@ -31,6 +31,7 @@ from lamplighter_agent.service.worker_messages import (
     Alive,
     AskStats,
     Cancel,
+    ClearCaches,
     Command,
     Event,
     Generate,
@@ -204,7 +205,18 @@ class EngineWorker:
         Raises:
             WorkerError: If the worker ends or does not answer in time.
         """
-        event = await self._ask(AskStats(request_id=f"stats-{next(self._numbers)}"))
+        return await self._ask_stats(AskStats(request_id=f"stats-{next(self._numbers)}"))
+
+    async def clear_caches(self) -> Stats:
+        """Forget the prefixes of earlier prompts; return the worker's state afterwards.
+
+        Raises:
+            WorkerError: If the worker ends or does not answer in time.
+        """
+        return await self._ask_stats(ClearCaches(request_id=f"clear-{next(self._numbers)}"))
+
+    async def _ask_stats(self, command: AskStats | ClearCaches) -> Stats:
+        event = await self._ask(command)
         if not isinstance(event, Stats):
             raise WorkerError(f"the engine worker answered {type(event).__name__} to a question for its state")
         return event
@@ -323,7 +335,7 @@ class EngineWorker:
                     await task
         self._tasks.clear()
 
-    async def _ask(self, command: Tokenize | AskStats) -> _Answer:
+    async def _ask(self, command: Tokenize | AskStats | ClearCaches) -> _Answer:
         stream = self._open(command.request_id)
         try:
             await self._send(command)

@@ -9,7 +9,7 @@ from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
-from lamplighter_agent.service.worker_messages import Load, Prompt
+from lamplighter_agent.service.worker_messages import CacheUse, Load, Prompt
 
 
 class PackageEngine:
@@ -68,6 +68,21 @@ class PackageEngine:
     def step(self) -> list[Event]:
         """Do one step's work and return what came of it."""
         return self._engine.scheduler.step()
+
+    def caches(self) -> CacheUse:
+        """Return what the caches hold."""
+        cache = self._engine.runner.cache
+        return CacheUse(
+            kv_used_tokens=sum(cache.offset(slot) for slot in range(self.slots)),
+            kv_capacity_tokens=cache.capacity * self.slots,
+            prefix_bytes=self._engine.prefixes.nbytes,
+        )
+
+    def clear_caches(self) -> int:
+        """Forget the prefixes of earlier prompts, also those on the disk; return the bytes of memory freed."""
+        freed_bytes = self._engine.prefixes.nbytes
+        self._engine.forget_prefixes()
+        return freed_bytes
 
     def close(self) -> None:
         """Let go of the model."""

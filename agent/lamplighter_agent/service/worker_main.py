@@ -28,7 +28,9 @@ from lamplighter_agent.service.worker_messages import (
     HEADER_BYTES,
     Alive,
     AskStats,
+    CacheUse,
     Cancel,
+    ClearCaches,
     Command,
     Event,
     Generate,
@@ -82,6 +84,12 @@ class ServedEngine(Protocol):
 
     def step(self) -> list[EngineEvent]:
         """Do one step's work and return what came of it."""
+
+    def caches(self) -> CacheUse:
+        """Return what the caches hold."""
+
+    def clear_caches(self) -> int:
+        """Forget what is kept for later requests; return how many bytes that was."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -173,9 +181,22 @@ class WorkerProcess:
                     lambda: self._send(Tokens(request_id=request_id, tokens=tuple(engine.encode(prompt)))),
                 )
             case AskStats(request_id=request_id):
-                self._send(Stats(request_id=request_id, rss_bytes=_memory("VmRSS"), peak_rss_bytes=_memory("VmHWM")))
+                self._tell_stats(engine, request_id)
+            case ClearCaches(request_id=request_id):
+                self._tell_stats(engine, request_id, freed_bytes=engine.clear_caches())
             case _:
                 logger.error("unexpected command %s", type(command).__name__)
+
+    def _tell_stats(self, engine: ServedEngine, request_id: str, freed_bytes: int = 0) -> None:
+        self._send(
+            Stats(
+                request_id=request_id,
+                rss_bytes=_memory("VmRSS"),
+                peak_rss_bytes=_memory("VmHWM"),
+                caches=engine.caches(),
+                freed_bytes=freed_bytes,
+            )
+        )
 
     def _try(self, request_id: str, action: Callable[[], None]) -> None:
         try:

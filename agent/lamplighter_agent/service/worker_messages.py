@@ -97,6 +97,12 @@ class AskStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
+class ClearCaches(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget the prefixes of earlier prompts; ``Stats`` follow."""
+
+    request_id: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """End the process after closing the engine."""
 
@@ -143,20 +149,30 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: tuple[int, ...]
 
 
+class CacheUse(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine's caches hold: tokens of running requests, and bytes of prefixes kept for later ones."""
+
+    kv_used_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    prefix_bytes: int = 0
+
+
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """How the worker process is."""
+    """How the worker process is; ``freed_bytes`` is what a ``ClearCaches`` before gave back."""
 
     request_id: str
     rss_bytes: int
     peak_rss_bytes: int
+    caches: CacheUse = CacheUse()
+    freed_bytes: int = 0
 
 
-Command: TypeAlias = Load | Generate | Cancel | Tokenize | AskStats | Shutdown
+Command: TypeAlias = Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Shutdown
 Event: TypeAlias = Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Stats
 _T = TypeVar("_T")
 
 COMMANDS: Final[msgspec.msgpack.Decoder[Command]] = msgspec.msgpack.Decoder(
-    Load | Generate | Cancel | Tokenize | AskStats | Shutdown
+    Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Shutdown
 )
 EVENTS: Final[msgspec.msgpack.Decoder[Event]] = msgspec.msgpack.Decoder(
     Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Stats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import signal
 import socket
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import psutil
@@ -256,3 +258,40 @@ def wait_for_socket(path: Path) -> None:
                 time.sleep(0.01)  # there is nothing to wait on
             else:
                 return
+
+
+@pytest.mark.broker
+@pytest.mark.skipif(mosquitto_path() is None, reason="mosquitto is not installed")
+def test_commands_do_what_they_say(tmp_path: Path, state: Path, short: Path, notify: socket.socket) -> None:
+    reply, topic = "lamplighter/v1/reply/fleet/1", "lamplighter/v1/device/box1"
+    environment = {"NOTIFY_SOCKET": str(short / "notify")}
+    with (
+        running_broker(tmp_path) as broker,
+        running_agent(tmp_path, settings(state, short, broker.port), environment) as agent,
+    ):
+        read_until(notify, "READY=1")
+        fleet = TestClient(broker.port, reply)
+
+        def command(**fields: str) -> dict[str, Any]:
+            fleet.publish(f"{topic}/command", json.dumps(fields), response_topic=reply)
+            answer: dict[str, Any] = json.loads(fleet.next_on(reply).payload)
+            return answer
+
+        while not command(command="ping")["message"].endswith("broker connected, update idle"):
+            pass
+        assert command(command="identify")["data"]["architecture"] == platform.machine()
+        assert ask(short).json()["identify"] is True
+        assert command(command="clear_caches")["data"] == {"freed_bytes": 1000}
+        assert command(command="clear_caches")["data"] == {"freed_bytes": 0}
+        assert command(command="set_log_level")["param"] == "level"
+        assert command(command="set_log_level", level="debug")["type"] == "result"
+        (worker,) = psutil.Process(agent.pid).children()
+        assert command(command="restart_worker")["message"] == "the engine is starting anew"
+        worker.wait(10)
+        assert ask(short, "/v1/completions").json()["choices"][0]["text"] == "You said: hi"
+        found = command(command="collect_diagnostics")["data"]
+        assert found["installed"] == ["tiny/1.0.0"]
+        assert found["settings"]["device"]["id"] == "box1"
+        assert any("the log level is debug" in line for line in found["log"])
+        fleet.close()
+        assert agent.terminate() == 0

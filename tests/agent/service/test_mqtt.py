@@ -146,7 +146,9 @@ def test_cancel_ends_the_answer_with_what_there_was(box: MqttBox, client: Callab
     app.next_on(REPLY)
     app.publish(f"{DEVICE}/cancel", "long", qos=0)
     final = read_answer(app)[1]
-    assert (final["finish_reason"], final["text"][:4]) == ("cancelled", "slow")
+    assert final["finish_reason"] == "cancelled"
+    assert ("slow " * 4096).startswith(final["text"])
+    assert final["text"]
 
 
 def test_the_deadline_ends_the_answer(box: MqttBox, client: Callable[..., TestClient]) -> None:

@@ -6,12 +6,15 @@ import asyncio
 import json
 from pathlib import Path
 
+import msgspec
+
 from lamplighter_agent.config import AgentConfig, RequestsConfig, TelemetryConfig
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.metrics import prometheus_text
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.spool import Spool
 from lamplighter_agent.service.telemetry import Sampler, TelemetryReporter
+from lamplighter_agent.service.telemetry_message import LATENCY_BOUNDS_S, LatencyRecorder
 from lamplighter_agent.service.worker import WorkerSpec
 
 
@@ -21,10 +24,14 @@ class Sink:
     def __init__(self) -> None:
         self.is_connected = False
         self.samples: list[tuple[bool, int]] = []
+        self.messages = 0
 
     def publish_telemetry(self, sample: bytes, *, qos: int = 0) -> bool:
         if self.is_connected:
-            self.samples.append((json.loads(sample)["historical"], qos))
+            decoded = json.loads(sample)
+            for each in decoded if isinstance(decoded, list) else [decoded]:
+                self.samples.append((each["historical"], qos))
+            self.messages += 1
         return self.is_connected
 
 
@@ -40,8 +47,8 @@ def test_samples_wait_on_disk_and_are_sent_in_order_before_fresh_ones(tmp_path: 
         config, sampler = make_sampler(tmp_path)
         sink = Sink()
         reporter = TelemetryReporter(config, sampler, sink)
-        reporter.report()
-        reporter.report()
+        await reporter.report()
+        await reporter.report()
         assert sink.samples == []
         reporter = TelemetryReporter(config, sampler, sink)  # a restart keeps them
         sink.is_connected = True
@@ -54,7 +61,7 @@ def test_samples_wait_on_disk_and_are_sent_in_order_before_fresh_ones(tmp_path: 
 def test_a_sample_knows_the_machine_without_a_worker(tmp_path: Path) -> None:
     async def scenario() -> None:
         _, sampler = make_sampler(tmp_path)
-        sample = sampler.sample()
+        sample = await sampler.sample()
         assert (sample.boot, sample.worker, sample.package) == (3, "no_package", None)
         assert sample.memory_total_bytes > sample.memory_available_bytes > 0
         assert sample.agent_rss_bytes > 0
@@ -99,3 +106,60 @@ def test_a_spooled_file_that_vanished_is_passed_over(tmp_path: Path) -> None:
     spool.push(b"two")
     min(tmp_path.iterdir()).unlink()
     assert (spool.first(), spool.dropped) == (b"two", 1)
+
+
+def test_samples_are_sent_in_batches_and_an_unfinished_batch_is_kept(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        config, sampler = make_sampler(tmp_path)
+        config = msgspec.structs.replace(config, telemetry=TelemetryConfig(batch_size=3, interval_s=0.001))
+        sink = Sink()
+        sink.is_connected = True
+        reporter = TelemetryReporter(config, sampler, sink)
+        for _ in range(4):
+            await reporter.report()
+        assert (sink.messages, sink.samples) == (1, [(False, 0)] * 3)
+        run = asyncio.create_task(reporter.run())
+        await asyncio.sleep(0)
+        run.cancel()
+        await asyncio.gather(run, return_exceptions=True)
+        again = TelemetryReporter(config, sampler, sink)
+        await again.replay()
+        assert sink.samples[3:] == [(True, 1), (True, 1), (False, 0)]
+
+    asyncio.run(scenario())
+
+
+def test_a_sample_tells_what_the_workers_caches_hold(spec: WorkerSpec, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        requests = RequestQueue(RequestsConfig())
+        runner = PackageRunner(spec, requests, lambda: None)
+        sampler = Sampler(AgentConfig(state_dir=tmp_path), 1, requests, runner, lambda: "idle")
+        await runner.switch(spec.package)
+        sample = await sampler.sample()
+        assert (sample.kv_used_tokens, sample.kv_capacity_tokens, sample.prefix_cache_bytes) == (0, 8192, 1000)
+        await runner.stop(0.0)
+
+    asyncio.run(scenario())
+
+
+def test_latencies_are_counted_between_bounds() -> None:
+    recorder = LatencyRecorder()
+    for seconds in (0.005, 0.006, 3.0, 1000.0):
+        recorder.add(seconds)
+    latencies = recorder.snapshot()
+    assert latencies.count == 4
+    assert [index for index, count in enumerate(latencies.buckets) if count] == [0, 1, 9, len(LATENCY_BOUNDS_S)]
+
+
+def test_prometheus_gets_cumulative_buckets(tmp_path: Path) -> None:
+    async def scenario() -> str:
+        _, sampler = make_sampler(tmp_path)
+        recorder = LatencyRecorder()
+        for seconds in (0.004, 0.2, 99.0):
+            recorder.add(seconds)
+        return prometheus_text(msgspec.structs.replace(await sampler.sample(), first_token=recorder.snapshot()))
+
+    lines = asyncio.run(scenario()).splitlines()
+    buckets = [line.split()[-1] for line in lines if line.startswith("lamplighter_first_token_s_bucket")]
+    assert buckets == ["1"] * 5 + ["2"] * 8 + ["3"]
+    assert "lamplighter_first_token_s_count 3" in lines
