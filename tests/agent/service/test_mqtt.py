@@ -231,6 +231,7 @@ def test_commands_are_answered(box: MqttBox, client: Callable[..., TestClient]) 
         "type": "result",
         "id": "c1",
         "message": "ping done",
+        "data": None,
         "correlation": None,
     }
     app.publish(f"{DEVICE}/command", json.dumps({"id": "c2", "command": "rollback", "reply_to": REPLY}))
