@@ -7,27 +7,31 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 import yaml
 
-from lamplighter_agent.arguments import MIB, Commands, add_command, shown
+from lamplighter_agent.arguments import MIB, Commands, add_command
 from lamplighter_agent.config import AgentConfig, load_config
 from lamplighter_agent.engine.cli import add_engine_arguments, engine_options, prepared_root
 from lamplighter_agent.errors import ConfigError, RequestError, ServiceError
 from lamplighter_agent.package.manifest import Manifest
 from lamplighter_agent.service.local_client import read_status
+from lamplighter_agent.service.status_view import status_lines
 from lamplighter_agent.update.states import PackageRef, UpdateReport
 
 if TYPE_CHECKING:
     from lamplighter_agent.update.interrupt import Interrupt
     from lamplighter_agent.update.updater import Updater
 
+_WATCH_S = 2.0
+
 
 def add_commands(commands: Commands) -> None:
-    """Add ``run``, ``serve``, ``pull``, ``status``, ``config`` and ``rollback``."""
+    """Add ``run``, ``serve``, ``pull``, ``status``, ``doctor``, ``config`` and ``rollback``."""
     run = add_command(commands, "run", run_agent, "run as a service: MQTT, local API, updates, telemetry")
     _add_config(run)
     serve = add_command(
@@ -41,8 +45,11 @@ def add_commands(commands: Commands) -> None:
     pull.add_argument("--from", dest="source", type=Path, help="read the repository from this directory (a USB stick)")
     _add_config(pull)
     status = add_command(commands, "status", show_status, "ask the running agent how it is")
+    status.add_argument("--watch", action="store_true", help="show it again every two seconds until Ctrl-C")
     status.add_argument("--socket", type=Path, help="the agent's socket (default: from the configuration)")
     _add_config(status)
+    doctor = add_command(commands, "doctor", examine, "look this box over and say what to do about each finding")
+    _add_config(doctor)
     config = add_command(commands, "config", show_config, "check a configuration and show all that is set by it")
     _add_config(config)
     rollback = add_command(commands, "rollback", roll_back, "switch back to the previous package")
@@ -103,14 +110,36 @@ def show_status(arguments: argparse.Namespace) -> int:
     socket = arguments.socket or _config(arguments).local_api.socket
     if socket is None:
         raise ConfigError("local_api.socket is switched off", hint="name the socket with --socket")
-    status = read_status(socket)
+    while True:
+        sample = read_status(socket)
+        lines = [msgspec.json.encode(sample).decode()] if arguments.json else list(status_lines(sample))
+        clear = "\x1b[H\x1b[2J" if arguments.watch and not arguments.json and sys.stdout.isatty() else ""
+        print(clear + "\n".join(lines), flush=True)
+        if not arguments.watch:
+            return 0
+        time.sleep(_WATCH_S)
+
+
+def examine(arguments: argparse.Namespace) -> int:
+    """Look this box over and say what to do about each finding; fails if something does not work.
+
+    Raises:
+        ConfigError: If the configuration is not in order.
+    """
+    from lamplighter_agent.service.doctor import Doctor
+
+    config = _config(arguments)
+    findings = []
+    logging.getLogger().setLevel(logging.CRITICAL)  # the findings say it
+    for finding in Doctor(config).examine():
+        findings.append(finding)
+        if not arguments.json:
+            print(f"{finding.level:8} {finding.check:13} {finding.message}", flush=True)
+            if finding.advice:
+                print(f"{'':22} -> {finding.advice}", flush=True)
     if arguments.json:
-        print(msgspec.json.encode(status).decode())
-        return 0
-    for name, value in msgspec.structs.asdict(status).items():
-        if value is not None:
-            print(f"{name:28} {shown(name, value)}")
-    return 0
+        print(msgspec.json.encode(findings).decode())
+    return ServiceError.exit_code if any(finding.level == "error" for finding in findings) else 0
 
 
 def show_config(arguments: argparse.Namespace) -> int:

@@ -16,14 +16,18 @@ from lamplighter_agent.config import MqttConfig
 from lamplighter_agent.errors import ConfigError
 
 FOLDER_VARIABLE: Final = "CREDENTIALS_DIRECTORY"
+_SOURCE: Final = Path("/etc/lamplighter/credentials")
 _PREFIX: Final = "lamplighter_"
 
 
 def secret_path(path: Path) -> Path:
     """Return where a secret lies: a relative path is looked for among the unit's credentials first."""
     folder = os.environ.get(FOLDER_VARIABLE)
-    if path.is_absolute() or not folder:
+    if path.is_absolute():
         return path
+    if not folder:  # by hand, as with doctor: where systemd takes them from, or just here
+        source = _SOURCE / path
+        return source if source.exists() else path
     for candidate in (Path(folder) / f"{_PREFIX}{path}", Path(folder) / path):
         if candidate.exists():
             return candidate

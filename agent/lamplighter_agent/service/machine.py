@@ -1,4 +1,4 @@
-"""What Linux tells about the machine beyond psutil: pressure, throttling, the service's own memory limit.
+"""What Linux tells about the machine beyond psutil: pressure and throttling.
 
 Every figure is None where the kernel, the hardware or the sandbox does not tell it.
 """
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 _ROOT: Final = Path("/")
-_UNLIMITED: Final = 1 << 60
 _RASPBERRY_THROTTLED_NOW: Final = 0x0F  # under-voltage, frequency capped, throttled, soft temperature limit
 
 
@@ -27,23 +26,6 @@ def read_pressure(resource: Literal["cpu", "memory", "io"], root: Path = _ROOT) 
     found = {line.split()[0]: re.search(r"avg10=([0-9.]+)", line) for line in text.splitlines() if line}
     some, full = found.get("some"), found.get("full")
     return Pressure(float(some[1]) if some else None, float(full[1]) if full else None)
-
-
-def read_memory_limit(root: Path = _ROOT) -> int | None:
-    """Return the tightest memory limit in bytes of this process's control group or one above it (v2 or v1)."""
-    limits = []
-    for line in _read(root / "proc" / "self" / "cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = root / "sys/fs/cgroup", "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-        else:
-            continue
-        folder = base / path.lstrip("/")
-        places = [place for place in (folder, *folder.parents) if place.is_relative_to(base)]
-        limits += [int(text) for text in (_read(place / name).strip() for place in places) if text.isdigit()]
-    return min((limit for limit in limits if limit < _UNLIMITED), default=None)
 
 
 class Throttling:

@@ -101,6 +101,11 @@ class MqttConnection:
         """True while the network thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def failure(self) -> str:
+        """Why the last try to connect failed, or nothing."""
+        return self._failure
+
     def publish(self, message: Outgoing) -> bool:
         """Queue a message; False if it was dropped: QoS 0 while away, or too many waiting."""
         with self._lock:

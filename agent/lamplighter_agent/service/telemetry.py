@@ -15,9 +15,10 @@ import psutil
 
 import lamplighter_agent
 from lamplighter_agent.config import AgentConfig
+from lamplighter_agent.engine.memory import read_machine_memory
 from lamplighter_agent.errors import LamplighterError, StoreError
 from lamplighter_agent.service.admission import RequestQueue
-from lamplighter_agent.service.machine import Throttling, read_memory_limit, read_pressure
+from lamplighter_agent.service.machine import Throttling, read_pressure
 from lamplighter_agent.service.messages import TelemetryMessage, encode_telemetry
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.spool import Spool
@@ -176,7 +177,7 @@ class Sampler:
             cpu_pressure_percent=read_pressure("cpu").some_percent,
             memory_total_bytes=memory.total,
             memory_available_bytes=memory.available,
-            memory_limit_bytes=read_memory_limit(),
+            memory_limit_bytes=read_machine_memory().limit_bytes,
             memory_pressure_percent=memory_pressure.some_percent,
             memory_stall_percent=memory_pressure.full_percent,
             io_pressure_percent=read_pressure("io").some_percent,

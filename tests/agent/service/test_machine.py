@@ -1,4 +1,4 @@
-"""Pressure, throttling and limits, read from a kernel's files that lie in a folder."""
+"""Pressure and throttling, read from a kernel's files that lie in a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lamplighter_agent.service.machine import Throttling, read_memory_limit, read_pressure
+from lamplighter_agent.service.machine import Throttling, read_pressure
 
 
 def put(root: Path, name: str, text: str) -> None:
@@ -26,24 +26,6 @@ def test_pressure_is_the_ten_seconds_average(tmp_path: Path) -> None:
 
 def test_a_kernel_without_pressure_says_nothing(tmp_path: Path) -> None:
     assert read_pressure("cpu", tmp_path) == (None, None)
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "files", "limit"),
-    [
-        ("0::/system.slice/a.service", {"system.slice/a.service/memory.max": "max"}, None),
-        ("0::/system.slice/a.service", {"system.slice/a.service/memory.max": "700"}, 700),
-        ("0::/s/a", {"s/a/memory.max": "700", "s/memory.max": "500"}, 500),
-        ("4:memory:/s/a", {"memory/s/a/memory.limit_in_bytes": "900"}, 900),
-        ("4:memory:/s/a", {"memory/s/a/memory.limit_in_bytes": "9223372036854771712"}, None),
-        ("3:cpu:/s/a", {}, None),
-    ],
-)
-def test_the_tightest_limit_counts(tmp_path: Path, cgroup: str, files: dict[str, str], limit: int | None) -> None:
-    put(tmp_path, "proc/self/cgroup", cgroup + "\n")
-    for name, text in files.items():
-        put(tmp_path, f"sys/fs/cgroup/{name}", text + "\n")
-    assert read_memory_limit(tmp_path) == limit
 
 
 def test_throttling_is_told_when_the_count_has_grown(tmp_path: Path) -> None:
