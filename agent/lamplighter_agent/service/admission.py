@@ -20,7 +20,7 @@ from lamplighter_agent.config import RequestsConfig
 from lamplighter_agent.engine.events import Finished, FinishReason, TextDelta, Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import EngineError, LamplighterError, RequestError
-from lamplighter_agent.service.telemetry_message import LatencyRecorder
+from lamplighter_agent.service.counters import Counters
 from lamplighter_agent.service.token_bucket import TokenBuckets
 from lamplighter_agent.service.worker import EngineWorker
 from lamplighter_agent.service.worker_messages import Prompt
@@ -73,34 +73,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage
     timings: Timings
     package: str
-
-
-class Counters:
-    """What happened since the agent's start; read by telemetry."""
-
-    def __init__(self) -> None:
-        self.accepted = 0
-        self.refused = 0
-        self.failed = 0
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.generated_tokens = 0
-        self.last: Timings | None = None
-        self.first_token = LatencyRecorder()
-        self.token = LatencyRecorder()
-        self.queue_wait = LatencyRecorder()
-
-    def note(self, usage: Usage, timings: Timings) -> None:
-        """Count a finished request."""
-        self.prompt_tokens += usage.prompt_tokens
-        self.cached_tokens += usage.cached_tokens
-        self.generated_tokens += usage.generated_tokens
-        self.queue_wait.add(timings.queue_s)
-        if usage.generated_tokens:
-            self.last = timings
-            self.first_token.add(timings.first_token_s)
-        if usage.generated_tokens > 1:
-            self.token.add(timings.decode_s / (usage.generated_tokens - 1))
 
 
 Event: TypeAlias = TextDelta | Answer

@@ -12,7 +12,7 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from lamplighter_agent.config import MqttConfig
+from lamplighter_agent.config import LocalApiConfig, MqttConfig
 from lamplighter_agent.errors import ConfigError
 
 FOLDER_VARIABLE: Final = "CREDENTIALS_DIRECTORY"
@@ -61,6 +61,22 @@ def read_password(config: MqttConfig) -> str | None:
         ConfigError: If the file cannot be read.
     """
     return None if config.password_file is None else read_secret(config.password_file, "mqtt.password_file")
+
+
+def read_token(config: LocalApiConfig) -> str:
+    """Return what TCP clients must show.
+
+    Raises:
+        ConfigError: If there is no file for it, or the file cannot be read or is empty.
+    """
+    if config.token_file is None:
+        raise ConfigError(
+            "local_api.tcp_port needs local_api.token_file", hint="write a long random word into a file of mode 0600"
+        )
+    token = read_secret(config.token_file, "local_api.token_file")
+    if not token:
+        raise ConfigError(f"local_api.token_file {config.token_file} is empty")
+    return token
 
 
 def tls_context(config: MqttConfig) -> ssl.SSLContext | None:

@@ -21,10 +21,10 @@ from uvicorn.server import ServerState
 
 from lamplighter_agent.config import LocalApiConfig
 from lamplighter_agent.engine.events import TextDelta
-from lamplighter_agent.errors import ConfigError, LamplighterError, RequestError, ServiceError
+from lamplighter_agent.errors import LamplighterError, RequestError, ServiceError
 from lamplighter_agent.service import metrics, unix_socket
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
-from lamplighter_agent.service.credentials import read_secret
+from lamplighter_agent.service.credentials import read_token
 from lamplighter_agent.service.local_api_gate import Gate
 from lamplighter_agent.service.local_api_protocol import BoundedProtocol
 from lamplighter_agent.service.messages import TelemetryMessage
@@ -303,22 +303,6 @@ class LocalApi:
         except TimeoutError as error:
             raise RequestError(f"the body did not arrive within {_BODY_TIMEOUT_S:g} s", code=408) from error
         return bytes(body)
-
-
-def read_token(config: LocalApiConfig) -> str:
-    """Return what TCP clients must show.
-
-    Raises:
-        ConfigError: If there is no file for it, or the file cannot be read or is empty.
-    """
-    if config.token_file is None:
-        raise ConfigError(
-            "local_api.tcp_port needs local_api.token_file", hint="write a long random word into a file of mode 0600"
-        )
-    token = read_secret(config.token_file, "local_api.token_file")
-    if not token:
-        raise ConfigError(f"local_api.token_file {config.token_file} is empty")
-    return token
 
 
 async def _unless_gone(request: Request, ticket: Ticket) -> TextDelta | Answer:

@@ -95,9 +95,9 @@ class CommandMessage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Attributes:
         command: ``ping`` answers; ``identify`` tells which machine this is, and shows it to whoever looks at it;
             ``report`` sends status, reported and telemetry again; ``restart_worker`` starts the engine anew;
-            ``rollback`` goes back to the previous package; ``cancel_update`` ends the update at work; ``clear_caches`` forgets the prefixes of earlier prompts;
-            ``set_log_level`` lasts until the agent's end; ``collect_diagnostics`` answers with what a support person
-            asks for first.
+            ``rollback`` goes back to the previous package; ``cancel_update`` ends the update at work;
+            ``clear_caches`` forgets the prefixes of earlier prompts; ``set_log_level`` lasts until the agent's end;
+            ``collect_diagnostics`` answers with what a support person asks for first.
         level: For ``set_log_level``, which needs it.
     """
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import select
 import socket
 import ssl
@@ -30,6 +29,7 @@ from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from lamplighter_agent.config import MqttConfig
 from lamplighter_agent.service.credentials import read_password, tls_context
+from lamplighter_agent.service.mqtt_pacing import reconnect_delay_s
 from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Outgoing, Subscription
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ _MAX_PACKET_BYTES: Final = 256 * 1024
 _SESSION_EXPIRY_S: Final = 3600
 _WILL_DELAY_S: Final = 5
 _CONNECT_TIMEOUT_S: Final = 10.0
-_FIRST_DELAY_S: Final = 1.0
-_LEAST_DELAY_S: Final = 0.2
 _MAX_IN_FLIGHT: Final = 10
 _TICK_S: Final = 1.0
 _SESSION_TAKEN_OVER: Final = 0x8E
@@ -399,15 +397,6 @@ class MqttConnection:
         if failure != self._failure:  # once for each kind of trouble, not once a try
             logger.warning("no connection to the broker %s:%d: %s", self._config.host, self._config.port, failure)
         self._failure = failure
-
-
-def reconnect_delay_s(tries: int, most_s: float) -> float:
-    """Return how long to wait after so many tries in vain: twice as long each time, with full jitter, up to ``most_s``.
-
-    A fleet whose broker comes back must not connect in one moment.
-    """
-    cap_s = min(most_s, _FIRST_DELAY_S * 2 ** min(tries, 16))
-    return random.uniform(min(_LEAST_DELAY_S, cap_s), cap_s)  # noqa: S311 (spreads load, guards nothing)
 
 
 def _properties(kind: int) -> Properties:

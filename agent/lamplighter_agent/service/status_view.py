@@ -80,7 +80,7 @@ def quantile(latencies: Latencies, share: float) -> str:
 
 def duration(seconds: float) -> str:
     """Return a duration in its two largest units."""
-    parts = []
+    parts: list[str] = []
     left = int(seconds)
     for size, unit in _UNITS:
         if left >= size or (unit == "s" and not parts):

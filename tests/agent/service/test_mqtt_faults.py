@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from lamplighter_agent.config import AgentConfig, DeviceConfig, MqttConfig, RequestsConfig
-from lamplighter_agent.service import mqtt
-from lamplighter_agent.service.mqtt import MAX_OUTBOX, reconnect_delay_s
+from lamplighter_agent.service import mqtt_pacing
+from lamplighter_agent.service.mqtt import MAX_OUTBOX
+from lamplighter_agent.service.mqtt_pacing import reconnect_delay_s
 from lamplighter_agent.service.mqtt_types import Outgoing, Will
 from lamplighter_agent.service.worker import WorkerSpec
 from support.broker import Broker, TestClient, free_port, mosquitto_path, running_broker
@@ -143,7 +144,7 @@ def test_a_box_whose_session_is_taken_over_does_not_fight(spec: WorkerSpec, capl
 def test_two_boxes_with_one_id_slow_down_and_say_so(
     own_broker: Broker, spec: WorkerSpec, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mqtt, "_FIRST_DELAY_S", 0.02)
+    monkeypatch.setattr(mqtt_pacing, "FIRST_DELAY_S", 0.02)
     with running_box(config_for(own_broker.port, reconnect_max_s=0.1), spec) as first:
         first.wait_until_connected()
         with running_box(config_for(own_broker.port, reconnect_max_s=0.1), spec) as second:
