@@ -147,6 +147,9 @@ def probe_chat_format(render: Render) -> ChatFormat | None:
         if found is not None:
             prefix, example = found
             roles[role] = probe.role_format(example, _last_index(example, role), prefix, suffixes[role])
+    if "user" in roles:
+        # Where only a user may follow, what is common to all that follows holds the user's prefix too.
+        suffixes["system"] = suffixes["system"].removesuffix(roles["user"].prefix)
     tails = [probe.between(["user"], 1, generate=generate) or "" for generate in (True, False)]
     chat_format = ChatFormat(
         begin="",

@@ -13,6 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, NoReturn
 
 import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
@@ -27,7 +30,19 @@ from lamplighter_builder.chat_probe import probe_chat_format
 
 _OVERRIDE: Final = "write the chat format as JSON and give it with --chat-format FILE"
 _ROLES: Final[tuple[Role, ...]] = ("system", "user", "assistant")
+_TURNS: Final[tuple[Role, Role]] = ("user", "assistant")
 _THINK_END: Final = "</think>"
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}``, with which training marks what the model says; the text is what stands in it."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Return what stands between the tags."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 class JinjaTemplate:
@@ -44,7 +59,7 @@ class JinjaTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.date_formats: set[str] = set()
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
@@ -88,13 +103,29 @@ def compile_chat_template(source: str, special_tokens: Mapping[str, str]) -> Cha
             hint=_OVERRIDE,
         )
     candidate = msgspec.structs.replace(candidate, date_format=next(iter(template.date_formats), None))
-    found = first_difference(template, candidate)
-    if found is not None and any(message.role == "system" and not message.content for message in found.messages):
-        candidate = msgspec.structs.replace(candidate, empty_system=False)
-        found = first_difference(template, candidate)
-    if found is not None:
-        raise ChatTemplateError(found.describe(), hint=_OVERRIDE)
+    while (found := first_difference(template, candidate)) is not None:
+        narrower = _without(candidate, found.messages)
+        if narrower is None:
+            raise ChatTemplateError(found.describe(), hint=_OVERRIDE)
+        candidate = narrower
     return candidate
+
+
+def _without(chat_format: ChatFormat, messages: Sequence[ChatMessage]) -> ChatFormat | None:
+    """Return a format that refuses conversations of an odd kind on which it would be wrong; None for usual ones."""
+    if chat_format.empty_system and any(message.role == "system" and not message.content for message in messages):
+        return msgspec.structs.replace(chat_format, empty_system=False)
+    if not chat_format.needs_user and not any(message.role == "user" for message in messages):
+        return msgspec.structs.replace(chat_format, needs_user=True)
+    if chat_format.order == "any" and not _alternates(messages):
+        return msgspec.structs.replace(chat_format, order="alternating")
+    return None
+
+
+def _alternates(messages: Sequence[ChatMessage]) -> bool:
+    """Tell whether user and assistant alternate behind an optional system message."""
+    turns = messages[1:] if messages[0].role == "system" else messages
+    return bool(turns) and all(turn.role == _TURNS[index % 2] for index, turn in enumerate(turns))
 
 
 class Difference(NamedTuple):
@@ -119,8 +150,8 @@ def first_difference(template: JinjaTemplate, chat_format: ChatFormat) -> Differ
     """Compare template and format on generated conversations and return the first difference, or None.
 
     The format may refuse more than the template where the template leaves a message out of the text, where an answer
-    behind the last user message holds the end of a thought, and where roles must alternate but the template lets a
-    later system message take an assistant's turn.
+    behind the last user message holds the end of a thought, and where the format says that roles must alternate, that
+    there must be a user message, or that a system message is not empty.
     """
     for messages in _conversations():
         for generate in (True, False):
@@ -156,7 +187,11 @@ def _may_refuse(chat_format: ChatFormat, messages: Sequence[ChatMessage], expect
     last_user = max((index for index, message in enumerate(messages) if message.role == "user"), default=-1)
     if any(_THINK_END in message.content for message in messages[last_user + 1 :]):
         return True
-    if chat_format.order == "alternating" and any(message.role == "system" for message in messages[1:]):
+    if chat_format.order == "alternating" and not _alternates(messages):
+        return True
+    if chat_format.needs_user and last_user < 0:
+        return True
+    if not chat_format.empty_system and any(message.role == "system" and not message.content for message in messages):
         return True
     return any(_is_lost(message, expected) for message in messages)
 
@@ -170,9 +205,8 @@ def _is_lost(message: ChatMessage, expected: str) -> bool:
 def _conversations() -> Iterator[tuple[ChatMessage, ...]]:
     """Yield conversations: all orders of up to four roles, then longer ones, in several kinds of contents."""
     orders = [order for length in range(1, 5) for order in itertools.product(_ROLES, repeat=length)]
-    turns: list[Role] = ["user", "assistant"]
     for length in (5, 6, 7):
-        order = tuple(itertools.islice(itertools.cycle(turns), length))
+        order = tuple(itertools.islice(itertools.cycle(_TURNS), length))
         orders += [order, ("system", *order)]
     for contents in _CONTENTS:
         for order in orders:

@@ -175,4 +175,84 @@ TEMPLATES: Final[dict[str, Template]] = {
         "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
         {"eos_token": "</s>"},
     ),
+    "zephyr": Template(
+        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+        "{{ '<|user|>\\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+        "{{ '<|system|>\\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+        "{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+        "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
+        {"eos_token": "</s>"},
+    ),
+    "vicuna": Template(
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}"
+        "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+        "{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content'] }}"
+        "{% else %}{{ ' ASSISTANT: ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}",
+        {"bos_token": "<s>", "eos_token": "</s>"},
+    ),
+    "llama3.1-tools": Template(
+        "{{- bos_token }}\n{%- if custom_tools is defined %}\n    {%- set tools = custom_tools %}\n{%- endif %}\n"
+        "{%- if not date_string is defined %}\n    {%- set date_string = '26 Jul 2024' %}\n{%- endif %}\n"
+        "{%- if messages[0]['role'] == 'system' %}\n    {%- set system = messages[0]['content'] | trim %}\n"
+        "    {%- set messages = messages[1:] %}\n{%- else %}\n    {%- set system = '' %}\n{%- endif %}\n"
+        "{{- '<|start_header_id|>system<|end_header_id|>\n\n' }}\n"
+        "{%- if tools is not none %}\n    {{- 'Environment: ipython\n' }}\n{%- endif %}\n"
+        "{{- 'Today Date: ' + date_string + '\n\n' }}\n"
+        "{%- if tools is not none %}\n    {%- for tool in tools %}\n        {{- tool | tojson(indent=4) }}\n"
+        "    {%- endfor %}\n{%- endif %}\n{{- system }}\n{{- '<|eot_id|>' }}\n"
+        "{%- for message in messages %}\n"
+        "    {%- if not (message.role == 'ipython' or message.role == 'tool' or 'tool_calls' in message) %}\n"
+        "        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}\n"
+        "        {{- message['content'] | trim + '<|eot_id|>' }}\n"
+        "    {%- elif 'tool_calls' in message %}\n        {{- raise_exception('no tools here') }}\n    {%- endif %}\n"
+        "{%- endfor %}\n{%- if add_generation_prompt %}\n"
+        "    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}\n{%- endif %}\n",
+        {"bos_token": "<|begin_of_text|>"},
+    ),
+    "gemma3-parts": Template(
+        "{{ bos_token }}\n{%- if messages[0]['role'] == 'system' -%}\n"
+        "    {%- if messages[0]['content'] is string -%}\n        {%- set lead = messages[0]['content'] + '\n\n' -%}\n"
+        "    {%- else -%}\n        {%- set lead = messages[0]['content'][0]['text'] + '\n\n' -%}\n    {%- endif -%}\n"
+        "    {%- set turns = messages[1:] -%}\n{%- else -%}\n    {%- set lead = '' -%}\n"
+        "    {%- set turns = messages -%}\n{%- endif -%}\n{%- for message in turns -%}\n"
+        "    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}\n"
+        "        {{ raise_exception('roles must alternate') }}\n    {%- endif -%}\n"
+        "    {%- if (message['role'] == 'assistant') -%}\n        {%- set role = 'model' -%}\n    {%- else -%}\n"
+        "        {%- set role = message['role'] -%}\n    {%- endif -%}\n"
+        "    {{ '<start_of_turn>' + role + '\n' + (lead if loop.first else '') }}\n"
+        "    {%- if message['content'] is string -%}\n        {{ message['content'] | trim }}\n"
+        "    {%- elif message['content'] is iterable -%}\n        {%- for item in message['content'] -%}\n"
+        "            {{ item['text'] | trim }}\n        {%- endfor -%}\n    {%- endif -%}\n"
+        "    {{ '<end_of_turn>\n' }}\n{%- endfor -%}\n"
+        "{%- if add_generation_prompt -%}\n    {{ '<start_of_turn>model\n' }}\n{%- endif -%}\n",
+        {"bos_token": "<bos>"},
+    ),
+    "chatml-for-training": Template(
+        "{% for message in messages %}{% if message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+        "{% generation %}{{ message.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}"
+        + _TURN_CHATML
+        + "{% endif %}{% endfor %}"
+        + _GENERATE_CHATML,
+        {},
+    ),
+    "one-system-then-turns": Template(
+        "{% for message in messages %}{% if message.role == 'system' and not loop.first %}"
+        "{{ raise_exception('the system message comes first') }}{% endif %}{% endfor %}"
+        "{% if messages | selectattr('role', 'equalto', 'user') | list | length == 0 %}"
+        "{{ raise_exception('no user message') }}{% endif %}"
+        "{% for message in messages %}" + _TURN_CHATML + "{% endfor %}" + _GENERATE_CHATML,
+        {},
+    ),
+    "words-by-position": Template(
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"
+        "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
+        "{% for message in turns %}{% if loop.index0 % 2 == 0 %}"
+        "{{ '### Instruction:\n' + message.content + '\n\n' }}"
+        "{% else %}{{ '### Response:\n' + message.content + '\n\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
+        {"bos_token": "<s>"},
+    ),
 }

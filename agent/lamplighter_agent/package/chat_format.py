@@ -95,6 +95,7 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
         end: Text after the last message where no answer is opened.
         default_system: System text used when a conversation does not begin with a system message, or None.
         empty_system: True if a system message may be empty.
+        needs_user: True if a conversation must have a user message.
         system_in_user: How a leading system message is written inside a user message, or None.
         order: ``any``, or ``alternating``: an optional system message, then user and assistant in turn.
         date_format: ``strftime`` format of the date that replaces ``DATE_MARK``, or None.
@@ -108,6 +109,7 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
     end: str = ""
     default_system: str | None = None
     empty_system: bool = True
+    needs_user: bool = False
     system_in_user: SystemInUser | None = None
     order: Literal["any", "alternating"] = "any"
     date_format: str | None = None
@@ -136,6 +138,8 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
             turns.insert(0, ChatMessage("system", self.default_system))
         elif not self.empty_system and any(turn.role == "system" and not turn.content for turn in turns):
             raise RequestError("this model's chat format allows no empty system message", param="messages")
+        if self.needs_user and not any(turn.role == "user" for turn in turns):
+            raise RequestError("the conversation has no user message", param="messages")
         system = turns.pop(0) if self.system_in_user is not None and turns[0].role == "system" else None
         self._check_order(turns)
         host = self._system_host(turns) if system is not None else None
@@ -191,7 +195,8 @@ class ChatFormat(msgspec.Struct, frozen=True, kw_only=True):
 
     def _content(self, turns: list[ChatMessage], index: int, role: RoleFormat) -> str:
         content = turns[index].content
-        reasoning = role.reasoning or (self.roles[turns[index].role].reasoning if index == len(turns) - 1 else None)
+        usual = self.roles.get(turns[index].role, role)
+        reasoning = role.reasoning or (usual.reasoning if index == len(turns) - 1 else None)
         if reasoning is not None and reasoning.end in content:
             if not any(turn.role == "user" for turn in turns[index:]):
                 raise RequestError(
