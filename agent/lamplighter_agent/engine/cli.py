@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lamplighter_agent.arguments import MIB, Commands, add_command, shown
+from lamplighter_agent.engine.generation_arguments import add_generation_arguments, generation_params
 from lamplighter_agent.package.chat_format import ChatMessage
 
 if TYPE_CHECKING:
+    from lamplighter_agent.engine.events import TokenLogprob
     from lamplighter_agent.engine.generate import Engine, Prompt
     from lamplighter_agent.engine.options import EngineOptions
     from lamplighter_agent.engine.params import GenerationParams
@@ -41,7 +43,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
     """
     from lamplighter_agent.engine.generate import Engine
 
-    params = _params(arguments)
+    params = generation_params(arguments)
     engine = Engine.load(arguments.package, options=engine_options(arguments), prepared_root=prepared_root(arguments))
     if arguments.prompt is None:
         return _chat(engine, params, arguments.system)
@@ -86,14 +88,7 @@ def add_engine_arguments(command: argparse.ArgumentParser) -> None:
 def _add_sampling(command: argparse.ArgumentParser) -> None:
     command.add_argument("--system", help="system message")
     command.add_argument("--raw", action="store_true", help="complete the prompt as it is, without the chat format")
-    command.add_argument("--max-tokens", type=int, help="most tokens to generate")
-    command.add_argument("--temperature", type=float, help="0 picks the most likely token")
-    command.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
-    command.add_argument("--top-p", type=float, help="sample from the most likely tokens up to this probability")
-    command.add_argument("--min-p", type=float, default=0.0, help="drop tokens below this share of the likeliest")
-    command.add_argument("--repetition-penalty", type=float, help="above 1: avoid tokens that occurred")
-    command.add_argument("--seed", type=int, help="same seed, same text")
-    command.add_argument("--stop", action="append", default=[], help="end at this text; may be given several times")
+    add_generation_arguments(command)
 
 
 def engine_options(arguments: argparse.Namespace) -> EngineOptions:
@@ -122,23 +117,6 @@ def prepared_root(arguments: argparse.Namespace) -> Path | None:
     return root
 
 
-def _params(arguments: argparse.Namespace) -> GenerationParams:
-    from lamplighter_agent.engine.params import GenerationParams
-
-    params = GenerationParams(
-        max_tokens=arguments.max_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        stop=tuple(arguments.stop),
-    )
-    params.validate()
-    return params
-
-
 def _messages(system: str | None, user: str) -> list[ChatMessage]:
     head = [] if system is None else [ChatMessage("system", system)]
     return [*head, ChatMessage("user", user)]
@@ -163,22 +141,34 @@ def _chat(engine: Engine, params: GenerationParams, system: str | None) -> int:
 
 
 def _answer(engine: Engine, prompt: Prompt, params: GenerationParams, *, as_json: bool) -> str:
-    """Generate and print, as it comes or as one JSON line at the end; return the text."""
-    parts: list[str] = []
+    """Generate and print, as it comes or as one JSON line at the end; return the first answer's text."""
+    texts: dict[int, str] = {0: ""}
+    logprobs: dict[int, list[TokenLogprob]] = {}
     finished = None
+    live = not as_json and params.n == 1
     try:
         for token in engine.generate(prompt, params):
-            parts.append(token.text)
+            texts[token.index] = texts.get(token.index, "") + token.text
+            if token.logprobs:
+                logprobs.setdefault(token.index, []).extend(token.logprobs)
             finished = token.finished
-            if not as_json:
+            if live:
                 print(token.text, end="", flush=True)
     except KeyboardInterrupt:
         if as_json:
             raise
     if as_json and finished is not None:
-        result = {"text": "".join(parts), "finish_reason": finished.finish_reason}
-        figures = {"usage": finished.usage, "timings": finished.timings}
+        result = {"text": texts[0], "finish_reason": finished.finish_reason, "logprobs": logprobs.get(0)}
+        choices = [
+            {"text": texts.get(choice.index, ""), "logprobs": logprobs.get(choice.index), **msgspec.to_builtins(choice)}
+            for choice in finished.choices
+        ]
+        figures = {"choices": choices, "usage": finished.usage, "timings": finished.timings}
         print(msgspec.json.encode({"package": engine.manifest.reference, **result, **figures}).decode())
+    elif not live and finished is not None:
+        for choice in finished.choices:
+            score = "" if choice.score is None else f", score {choice.score:.4f}"
+            print(f"--- {choice.index + 1} ({choice.finish_reason}{score})\n{texts.get(choice.index, '')}")
     else:
         print()
-    return "".join(parts)
+    return texts[0]

@@ -10,17 +10,21 @@ FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """Log-probability (nats) of a token under the model, before temperature and truncation.
+    """Log-probability (nats) of a token under the model, before all rules and truncation.
 
     Attributes:
         token_id: The token that was chosen.
-        logprob: Its log-probability.
+        logprob: Its log-probability; None for the first token of an echoed prompt, which nothing comes before.
         top: The most likely tokens with theirs, most likely first.
+        text: The text of the token; bytes that are no text show as U+FFFD.
+        top_texts: The texts of ``top``.
     """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    text: str = ""
+    top_texts: tuple[str, ...] = ()
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,8 +74,7 @@ class TextDelta(msgspec.Struct, frozen=True, tag=True):
         token_ids: The new tokens.
         logprobs: Of each token, if the request asked for them.
         index: Which of the request's answers goes on.
-        echo: True where this is the prompt, which ``echo`` asks for; without a report of the first token, which
-            nothing comes before.
+        echo: True where this is the prompt, which ``echo`` asks for.
     """
 
     request_id: str

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import secrets
 
+import msgspec
+
 from lamplighter_agent.engine.beam import BeamSearch, Hypothesis, place_beams
-from lamplighter_agent.engine.detokenizer import Decoder, StopStrings, StreamingDetokenizer
+from lamplighter_agent.engine.detokenizer import StopStrings, StreamingDetokenizer, TextCodec
 from lamplighter_agent.engine.events import (
     Choice,
     Event,
@@ -62,7 +64,7 @@ class Request:
         params: GenerationParams,
         *,
         limit: int,
-        decoder: Decoder,
+        decoder: TextCodec,
         submitted_s: float,
     ) -> None:
         self.id = request_id
@@ -101,12 +103,20 @@ class Request:
         """Take the logits [n, width] behind the next ``n`` tokens of the prompt."""
         count = self.params.logprobs or 0
         for row, token_id in zip(rows, self.prompt[len(self._prompt_logprobs) + 1 :], strict=False):
-            self._prompt_logprobs.append(log_probability(row[:vocab_size], token_id, count))
+            self._prompt_logprobs.append(self.named(log_probability(row[:vocab_size], token_id, count)))
 
     def echo(self, index: int) -> TextDelta:
         """Return the prompt as the beginning of an answer."""
-        reports = tuple(self._prompt_logprobs) if self.wants_prompt_logprobs else None
+        reports = None
+        if self.wants_prompt_logprobs:
+            reports = (self.named(TokenLogprob(self.prompt[0], None)), *self._prompt_logprobs)
         return TextDelta(self.id, self.decoder.decode(self.prompt), tuple(self.prompt), reports, index, echo=True)
+
+    def named(self, report: TokenLogprob) -> TokenLogprob:
+        """Return a report with the texts of its tokens."""
+        text_of = self.decoder.token_text
+        texts = tuple(text_of(token_id) for token_id, _ in report.top)
+        return msgspec.structs.replace(report, text=text_of(report.token_id), top_texts=texts)
 
     def close(self, choice: Choice, answers: int, now: float, *, prefilled: int) -> list[Event]:
         """Take the end of an answer; return the end of the request if it is the last of ``answers``.
@@ -272,7 +282,7 @@ class Sequence:
         text = self._detokenizer.push(token_id)
         if self.generated >= self.request.params.min_tokens:
             text, self._stop_string_met = self._stops.push(text)
-        reports = None if report is None else (report,)
+        reports = None if report is None else (self.request.named(report),)
         events.append(TextDelta(self.request.id, text, (token_id,), reports, self._index))
         if self._stop_string_met:
             return events, "stop"

@@ -38,6 +38,7 @@ class PackageTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
+        self._anchor: tuple[list[int], str] | None = None
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.byte_token_ids = frozenset(
@@ -113,8 +114,15 @@ class PackageTokenizer:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of one token, special tokens included; bytes that are no text show as U+FFFD."""
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
+        """Return the text of one token, special tokens included; bytes that are no text show as U+FFFD.
+
+        It is the text that the token has inside a text: decoders strip a space where a text begins.
+        """
+        if self._anchor is None:
+            ids = self.encode("a", special=False)
+            self._anchor = (ids, str(self._tokenizer.decode(ids, skip_special_tokens=False)))
+        before, text = self._anchor
+        return str(self._tokenizer.decode([*before, token_id], skip_special_tokens=False))[len(text) :]
 
     def to_json(self) -> str:
         """Return the tokenizer as ``tokenizer.json`` has it."""

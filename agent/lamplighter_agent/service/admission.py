@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from lamplighter_agent.config import RequestsConfig
-from lamplighter_agent.engine.events import Finished, FinishReason, TextDelta, Timings, Usage
+from lamplighter_agent.engine.events import Choice, Finished, FinishReason, TextDelta, Timings, TokenLogprob, Usage
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import EngineError, LamplighterError, RequestError
 from lamplighter_agent.service.counters import Counters
@@ -58,21 +58,79 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     idempotent: bool = False
 
 
+class Alternative(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the answers to a request.
+
+    Attributes:
+        index: Which one.
+        text: All of its text.
+        tail: The part of it that no ``TextDelta`` brought.
+        finish_reason: Why it ended.
+        logprobs: Of each of its tokens, if the request asked for them.
+        generated_tokens: Its length, a final stop token included.
+        score: Of a beam.
+    """
+
+    index: int
+    text: str
+    tail: str
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...] | None
+    generated_tokens: int
+    score: float | None = None
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """The end of a request.
 
     Attributes:
-        text: All of the generated text.
-        tail: The part of it that no ``TextDelta`` brought.
+        alternatives: One answer, or as many as the request asked for.
         package: The package that answered, ``name/version``.
     """
 
-    text: str
-    tail: str
-    finish_reason: FinishReason
+    alternatives: tuple[Alternative, ...]
     usage: Usage
     timings: Timings
     package: str
+
+    @property
+    def text(self) -> str:
+        """All text of the first answer."""
+        return self.alternatives[0].text
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the first answer ended."""
+        return self.alternatives[0].finish_reason
+
+
+class _Parts:
+    """What came of the answers so far, by their index."""
+
+    def __init__(self) -> None:
+        self._texts: dict[int, list[str]] = {}
+        self._logprobs: dict[int, list[TokenLogprob]] = {}
+
+    def add(self, event: TextDelta) -> None:
+        self._texts.setdefault(event.index, []).append(event.text)
+        if event.logprobs is not None:
+            self._logprobs.setdefault(event.index, []).extend(event.logprobs)
+
+    def alternatives(self, event: Finished) -> tuple[Alternative, ...]:
+        usage = event.usage.generated_tokens
+        only = Choice(index=0, finish_reason=event.finish_reason, text_tail=event.text_tail, generated_tokens=usage)
+        return tuple(
+            Alternative(
+                index=choice.index,
+                text="".join(self._texts.get(choice.index, [])) + choice.text_tail,
+                tail=choice.text_tail,
+                finish_reason=choice.finish_reason,
+                logprobs=tuple(self._logprobs[choice.index]) if choice.index in self._logprobs else None,
+                generated_tokens=choice.generated_tokens,
+                score=choice.score,
+            )
+            for choice in event.choices or (only,)
+        )
 
 
 Event: TypeAlias = TextDelta | Answer
@@ -273,7 +331,7 @@ class RequestQueue:
             max_tokens=request.params.max_tokens or self._config.max_tokens,
             deadline_s=ticket.arrived_s + self._deadline_s(request),
         )
-        parts: list[str] = []
+        parts = _Parts()
         try:
             if ticket.cancelled:  # since its start was decided: the worker does not know it yet
                 raise _cancelled()
@@ -283,7 +341,7 @@ class RequestQueue:
                     self._mean_s += _SMOOTHING * (time.monotonic() - begun_s - self._mean_s)
                     ticket.put(self._answer(event, parts, waited_s, worker))
                 else:
-                    parts.append(event.text)
+                    parts.add(event)
                     ticket.put(event)
         except LamplighterError as error:
             self.counters.failed += 1
@@ -293,7 +351,7 @@ class RequestQueue:
             self.counters.failed += 1
             ticket.put(EngineError(f"the request failed in the agent: {type(error).__name__}"))
 
-    def _answer(self, event: Finished, parts: list[str], waited_s: float, worker: EngineWorker) -> Answer:
+    def _answer(self, event: Finished, parts: _Parts, waited_s: float, worker: EngineWorker) -> Answer:
         timings = msgspec.structs.replace(
             event.timings,
             queue_s=event.timings.queue_s + waited_s,
@@ -301,9 +359,7 @@ class RequestQueue:
         )
         self.counters.note(event.usage, timings)
         return Answer(
-            text="".join(parts) + event.text_tail,
-            tail=event.text_tail,
-            finish_reason=event.finish_reason,
+            alternatives=parts.alternatives(event),
             usage=event.usage,
             timings=timings,
             package=worker.ready.package if worker.ready else "",

@@ -28,8 +28,8 @@ from lamplighter_agent.service.credentials import read_token
 from lamplighter_agent.service.local_api_gate import Gate
 from lamplighter_agent.service.local_api_protocol import BoundedProtocol
 from lamplighter_agent.service.messages import TelemetryMessage
+from lamplighter_agent.service.openai_answer import Answering
 from lamplighter_agent.service.openai_format import (
-    Answering,
     ChatRequest,
     CompletionRequest,
     JsonObject,
@@ -250,7 +250,7 @@ class LocalApi:
         event: TextDelta | Answer = await _unless_gone(request, ticket)
         while isinstance(event, TextDelta):
             event = await _unless_gone(request, ticket)
-        return _json(answering.whole(event.text, event.finish_reason, event.usage))
+        return _json(answering.whole(event))
 
     async def _models(self, _request: Request) -> Response:
         return _json({"object": "list", "data": [_model_object(name) for name in self._names()]})
@@ -333,15 +333,16 @@ async def _sse(
     """Yield server-sent events; starlette ends the iteration when the client leaves."""
     event: TextDelta | Answer = first
     try:
-        if answering.chat:
-            yield _data(answering.first())
+        for index in range(ticket.request.params.n if answering.chat else 0):
+            yield _data(answering.first(index))
         while isinstance(event, TextDelta):
-            if event.text:
-                yield _data(answering.piece(event.text))
+            if event.text or event.logprobs:
+                yield _data(answering.piece(event))
             event = await anext(ticket)
-        if event.tail:
-            yield _data(answering.piece(event.tail))
-        yield _data(answering.last(event.finish_reason))
+        for alternative in event.alternatives:
+            if alternative.tail:
+                yield _data(answering.tail(alternative))
+            yield _data(answering.last(alternative))
         if include_usage:
             yield _data(answering.usage(event.usage))
         yield b"data: [DONE]\n\n"

@@ -13,7 +13,7 @@ from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta
 
-from lamplighter_agent.engine.events import FinishReason, Timings, Usage
+from lamplighter_agent.engine.events import FinishReason, Timings, TokenLogprob, Usage
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import LamplighterError, ManifestError, RequestError, WorkerError
 from lamplighter_agent.package.chat_format import ChatMessage
@@ -137,12 +137,33 @@ class EventMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeltaReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="delta"):
-    """A piece of the answer; ``seq`` counts from 0 without gaps."""
+    """A piece of the answer; ``seq`` counts from 0 without gaps, ``index`` tells several answers apart."""
 
     id: str
     seq: int
     text: str
+    index: int = 0
     correlation: str | None = None
+
+
+class FinalChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One of several answers, or of the best beams.
+
+    Attributes:
+        index: Which one.
+        text: All of its text.
+        finish_reason: Why it ended.
+        generated_tokens: Its length in tokens.
+        score: Of a beam: sum of log-probabilities by length to the power of the length penalty.
+        logprobs: Of its tokens, if asked for.
+    """
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    generated_tokens: int
+    score: float | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
 
 
 class FinalReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="final"):
@@ -150,8 +171,11 @@ class FinalReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
 
     Attributes:
         seq: Number of deltas sent before.
-        text: All generated text, or its beginning when ``truncated``.
-        truncated: The text did not fit into one message; the deltas hold all of it.
+        text: All generated text, or its beginning when ``truncated``; of several answers the first one's.
+        logprobs: Of its tokens, if asked for.
+        choices: All answers, where several or beams were asked for.
+        truncated: Not all fitted into one message: log-probabilities were left out, or texts cut; the deltas hold all
+            of the text.
     """
 
     id: str
@@ -162,6 +186,8 @@ class FinalReply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", ta
     timings: Timings
     model: str
     device: str
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    choices: tuple[FinalChoice, ...] | None = None
     truncated: bool = False
     correlation: str | None = None
 
@@ -302,12 +328,21 @@ def encode_telemetry(samples: list[TelemetryMessage]) -> bytes:
 
 
 def encode_final(message: FinalReply) -> bytes:
-    """Return a final reply as JSON of at most ``MAX_MESSAGE_BYTES``, with its text cut when it must be."""
+    """Return a final reply as JSON of at most ``MAX_MESSAGE_BYTES``, with what is left out or cut where it must be."""
     data = encode(message)
-    text = message.text
+    if len(data) > MAX_MESSAGE_BYTES:
+        choices = message.choices and tuple(msgspec.structs.replace(one, logprobs=None) for one in message.choices)
+        message = msgspec.structs.replace(message, logprobs=None, choices=choices, truncated=True)
+        data = encode(message)
     while len(data) > MAX_MESSAGE_BYTES:
-        text = text[: len(text) - max(1, (len(data) - MAX_MESSAGE_BYTES) // 6)]
-        data = encode(msgspec.structs.replace(message, text=text, truncated=True))
+        # Of a character's bytes in JSON there are at most six.
+        cut = max(1, (len(data) - MAX_MESSAGE_BYTES) // 6 // (1 + len(message.choices or ())))
+        choices = message.choices and tuple(
+            msgspec.structs.replace(one, text=one.text[: max(len(one.text) - cut, 0)]) for one in message.choices
+        )
+        text = message.text[: max(len(message.text) - cut, 0)]
+        message = msgspec.structs.replace(message, text=text, choices=choices)
+        data = encode(message)
     return data
 
 

@@ -18,12 +18,13 @@ from lamplighter_agent.errors import LamplighterError, RequestError
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
 from lamplighter_agent.service.answer_memory import AnswerMemory
 from lamplighter_agent.service.commands import Outcome
-from lamplighter_agent.service.delta_batch import DeltaBatch
+from lamplighter_agent.service.delta_batch import DeltaBatches
 from lamplighter_agent.service.messages import (
     CommandMessage,
     DeltaReply,
     DesiredMessage,
     EventMessage,
+    FinalChoice,
     FinalReply,
     PromptMessage,
     ReportedMessage,
@@ -266,17 +267,17 @@ class MqttService:
 
     async def _answer(self, ticket: Ticket, back: _Return, *, stream: bool) -> None:
         request_id = ticket.request.id
-        deltas = DeltaBatch(
-            self._config.mqtt.delta_interval_s, lambda seq, text: self._delta(request_id, back, seq, text)
+        deltas = DeltaBatches(
+            self._config.mqtt.delta_interval_s, lambda seq, index, text: self._delta(request_id, back, seq, index, text)
         )
         try:
             async for event in ticket:
                 if isinstance(event, TextDelta):
                     if stream:
-                        deltas.add(event.text)
+                        deltas.add(event.index, event.text)
                     continue
-                if stream:
-                    deltas.add(event.tail)
+                for alternative in event.alternatives if stream else ():
+                    deltas.add(alternative.index, alternative.tail)
                 deltas.close()
                 self._end(ticket, back, encode_final(self._final(event, request_id, back, deltas.sent)))
         except LamplighterError as error:
@@ -304,11 +305,13 @@ class MqttService:
             timings=answer.timings,
             model=answer.package,
             device=self._topics.device_id,
+            logprobs=answer.alternatives[0].logprobs,
+            choices=_choices(answer),
             correlation=back.correlation,
         )
 
-    def _delta(self, request_id: str, back: _Return, seq: int, text: str) -> None:
-        delta = DeltaReply(id=request_id, seq=seq, text=text, correlation=back.correlation)
+    def _delta(self, request_id: str, back: _Return, seq: int, index: int, text: str) -> None:
+        delta = DeltaReply(id=request_id, seq=seq, index=index, text=text, correlation=back.correlation)
         self._reply(back, encode(delta), qos=0)
 
     def _reply(self, back: _Return, payload: bytes, *, qos: int) -> None:
@@ -386,3 +389,20 @@ class MqttService:
         task.set_name(name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _choices(answer: Answer) -> tuple[FinalChoice, ...] | None:
+    """Return all answers where there are several, or beams."""
+    if len(answer.alternatives) == 1 and answer.alternatives[0].score is None:
+        return None
+    return tuple(
+        FinalChoice(
+            index=one.index,
+            text=one.text,
+            finish_reason=one.finish_reason,
+            generated_tokens=one.generated_tokens,
+            score=one.score,
+            logprobs=one.logprobs,
+        )
+        for one in answer.alternatives
+    )

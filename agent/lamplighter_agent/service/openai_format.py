@@ -1,21 +1,19 @@
 """OpenAI's requests and answers: bytes to a typed request and back, no IO.
 
 Fields that OpenAI defines and that mean nothing on one box (``user``, ``metadata``, …) are accepted and ignored. Fields
-that change what the answer is and that this agent does not have (``tools``, ``n`` above 1, …) are refused by name, as
-is every field that OpenAI does not define, except the engine's own sampling options, which are taken as extensions.
+that change what the answer is and that this agent does not have (``tools``, ``suffix``, …) are refused by name, as is
+every field that OpenAI does not define, except the engine's own options, which are taken as extensions.
 """
 
 from __future__ import annotations
 
 import re
-import time
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from lamplighter_agent.engine.events import FinishReason, Usage
-from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.params import EarlyStopping, GenerationParams
 from lamplighter_agent.errors import LamplighterError, RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.service.messages import error_reply
@@ -23,16 +21,11 @@ from lamplighter_agent.service.worker_messages import Prompt
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
 _AT_PATH = re.compile(r"at `\$\.?(\w+)")
-_FINISH: Final[dict[FinishReason, str]] = {
-    "stop": "stop",
-    "length": "length",
-    "deadline": "length",
-    "cancelled": "stop",
-    "error": "stop",
-}
-
 # What a request may name as the engine does; its deadline is a duration here and a time there.
-_ENGINE_OPTIONS: Final = frozenset(GenerationParams.__struct_fields__) - {"deadline_s", "logprobs", "echo"}
+_ENGINE_OPTIONS: Final = frozenset(GenerationParams.__struct_fields__) - {"deadline_s"}
+
+# Fields that mean something else there, or that only one kind of request has.
+_DIFFERENT: Final = frozenset({"logprobs", "echo", "max_tokens"})
 
 JsonObject = dict[str, object]
 _T = TypeVar("_T")
@@ -58,10 +51,42 @@ class ApiMessage(msgspec.Struct, frozen=True, kw_only=True):
     content: str | tuple[ContentPart, ...] | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True, rename={"schema_": "schema"}):
+    """A JSON Schema that the answer fits; it always fits, ``strict`` or not."""
+
+    schema_: JsonObject
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
 class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """The kind of text that is wanted."""
+    """The kind of text that is wanted: ``text``, ``json_object`` or ``json_schema``."""
 
     type: str = "text"
+    json_schema: JsonSchemaFormat | None = None
+
+    def guided_json(self) -> JsonObject | None:
+        """Return the schema that the answer must fit, or None for any text.
+
+        Raises:
+            RequestError: If the type is unknown or the schema missing.
+        """
+        match self.type:
+            case "text":
+                return None
+            case "json_object":
+                return {"type": "object"}
+            case "json_schema" if self.json_schema is not None:
+                return self.json_schema.schema_
+            case "json_schema":
+                raise RequestError("response_format 'json_schema' has no json_schema.schema", param="response_format")
+            case kind:
+                raise RequestError(
+                    f"response_format {kind[:40]!r} is not known",
+                    param="response_format",
+                    hint="use text, json_object or json_schema",
+                )
 
 
 class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,6 +104,7 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     metadata: JsonObject | None = None
     store: bool | None = None
@@ -100,6 +126,16 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     forced_words: tuple[str, ...] | None = None
     stop_token_ids: tuple[int, ...] | None = None
     ignore_eos: bool | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: EarlyStopping | None = None
+    cache_prompt: bool | None = None
+    speculation: bool | None = None
+    on_context_full: Literal["stop", "slide"] | None = None
+    keep_tokens: int | None = None
+    guided_json: JsonObject | str | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
     deadline_s: Annotated[float, Meta(gt=0, le=86_400)] | None = None
 
     @property
@@ -112,17 +148,24 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         """True if the stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def params(self, max_tokens: int | None) -> GenerationParams:
+    def params(self, **given_otherwise: int | bool | None) -> GenerationParams:
         """Return the generation options.
+
+        Args:
+            given_otherwise: Options whose fields differ between the kinds of request.
 
         Raises:
             RequestError: If one is out of range or not supported.
         """
-        if self.n not in {None, 1}:
-            raise RequestError(f"n is {self.n}, but this box gives one answer a request", param="n")
-        given = msgspec.structs.asdict(self)
-        given |= {"max_tokens": max_tokens, "logit_bias": _logit_bias(self.logit_bias)}
+        given = {name: value for name, value in msgspec.structs.asdict(self).items() if name not in _DIFFERENT}
+        given["logit_bias"] = _logit_bias(self.logit_bias)
         given["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
+        schema = None if self.response_format is None else self.response_format.guided_json()
+        if schema is not None:
+            if self.guided_json is not None:
+                raise RequestError("response_format and guided_json exclude each other", param="guided_json")
+            given["guided_json"] = schema
+        given |= given_otherwise
         options = {name: given[name] for name in _ENGINE_OPTIONS if given.get(name) is not None}
         params = GenerationParams(**options)
         params.validate()
@@ -136,7 +179,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: tuple[JsonObject, ...] | None = None
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
@@ -153,12 +195,6 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
         """
         if self.tools or self.functions:
             raise RequestError("tools are not supported", param="tools" if self.tools else "functions")
-        if self.logprobs or self.top_logprobs:
-            raise RequestError("logprobs are not supported", param="logprobs")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise RequestError(
-                f"response_format {self.response_format.type!r} is not supported", param="response_format"
-            )
         if self.modalities and set(self.modalities) != {"text"}:
             raise RequestError("the only modality is 'text'", param="modalities")
         return Prompt(messages=tuple(_message(message) for message in self.messages))
@@ -169,8 +205,13 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             RequestError: If one is out of range.
         """
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         newer = self.max_completion_tokens
-        return self.params(self.max_tokens if newer is None else newer)
+        return self.params(
+            max_tokens=self.max_tokens if newer is None else newer,
+            logprobs=self.top_logprobs or 0 if self.logprobs else None,
+        )
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,12 +229,10 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknow
         Raises:
             RequestError: If it asks for something that this box does not have.
         """
-        unsupported = {"echo": self.echo, "suffix": self.suffix, "logprobs": self.logprobs}
-        for name, value in unsupported.items():
-            if value:
-                raise RequestError(f"{name} is not supported", param=name)
-        if self.best_of not in {None, 1}:
-            raise RequestError("best_of is not supported", param="best_of")
+        if self.suffix:
+            raise RequestError("suffix is not supported", param="suffix")
+        if self.best_of not in {None, 1, self.n}:
+            raise RequestError("best_of other than n is not supported", param="best_of", hint="use num_beams")
         if isinstance(self.prompt, str):
             return Prompt(text=self.prompt, raw=True)
         texts = [item for item in self.prompt if isinstance(item, str)]
@@ -209,7 +248,7 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknow
         Raises:
             RequestError: If one is out of range.
         """
-        return self.params(self.max_tokens)
+        return self.params(max_tokens=self.max_tokens, logprobs=self.logprobs, echo=self.echo)
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -230,65 +269,6 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         if self.messages is not None:
             return Prompt(messages=tuple(_message(message) for message in self.messages))
         return Prompt(text=self.prompt, raw=True)
-
-
-class Answering(msgspec.Struct, frozen=True, kw_only=True):
-    """What every object of one answer repeats.
-
-    Attributes:
-        id: Name of the answer.
-        created: Unix time, whole seconds.
-        model: The package, ``name/version``.
-        chat: True for ``/v1/chat/completions``, False for ``/v1/completions``.
-    """
-
-    id: str
-    model: str
-    chat: bool
-    created: int = msgspec.field(default_factory=lambda: int(time.time()))
-
-    def whole(self, text: str, reason: FinishReason, usage: Usage) -> JsonObject:
-        """Return an answer that is not streamed."""
-        choice: JsonObject = {"index": 0, "finish_reason": _FINISH[reason], "logprobs": None}
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-        else:
-            choice["text"] = text
-        return self._object("chat.completion" if self.chat else "text_completion", [choice], usage)
-
-    def first(self) -> JsonObject:
-        """Return the chunk that opens a streamed chat answer."""
-        return self._chunk({"role": "assistant", "content": ""}, "")
-
-    def piece(self, text: str) -> JsonObject:
-        """Return a chunk of text."""
-        return self._chunk({"content": text}, text)
-
-    def last(self, reason: FinishReason) -> JsonObject:
-        """Return the chunk that says why it ended."""
-        return self._chunk({}, "", _FINISH[reason])
-
-    def usage(self, usage: Usage) -> JsonObject:
-        """Return the chunk with the numbers of tokens, which comes last when asked for."""
-        return self._object("chat.completion.chunk" if self.chat else "text_completion", [], usage)
-
-    def _chunk(self, delta: JsonObject, text: str, finish_reason: str | None = None) -> JsonObject:
-        choice: JsonObject = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
-        if self.chat:
-            choice["delta"] = delta
-        else:
-            choice["text"] = text
-        return self._object("chat.completion.chunk" if self.chat else "text_completion", [choice], None)
-
-    def _object(self, kind: str, choices: list[JsonObject], usage: Usage | None) -> JsonObject:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            "usage": None if usage is None else _usage(usage),
-        }
 
 
 def decode_body(body: bytes, kind: type[_T]) -> _T:
@@ -343,12 +323,3 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
         return {int(token): value for token, value in (bias or {}).items()}
     except ValueError as error:
         raise RequestError("logit_bias must map token ids to numbers", param="logit_bias") from error
-
-
-def _usage(usage: Usage) -> JsonObject:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.generated_tokens,
-        "total_tokens": usage.prompt_tokens + usage.generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }

@@ -7,7 +7,6 @@ from pathlib import Path
 from lamplighter_agent.engine.events import Event
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.errors import RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.service.worker_messages import CacheUse, Load, Prompt
 
@@ -56,9 +55,6 @@ class PackageEngine:
         Raises:
             RequestError: If it cannot be served.
         """
-        for name, given in (("n", params.n > 1), ("num_beams", params.num_beams > 1), ("echo", params.echo)):
-            if given:
-                raise RequestError(f"{name} is for library users so far", param=name)
         self._engine.scheduler.submit(request_id, tokens, params)
 
     def cancel(self, request_id: str) -> None:

@@ -364,13 +364,15 @@ def test_echo_begins_with_the_prompt_and_the_log_probabilities_of_its_tokens(eng
     params = msgspec.structs.replace(GREEDY, echo=True, logprobs=2)
     echo, *rest = engine.generate(text, params)
     assert (echo.echo, echo.text, echo.token_ids) == (True, text, tuple(prompt))
-    assert [report.token_id for report in echo.logprobs] == prompt[1:]
+    assert [report.token_id for report in echo.logprobs] == prompt
+    assert "".join(report.text for report in echo.logprobs) == text
+    assert echo.logprobs[0].logprob is None
     # What the model says behind a beginning of the prompt is what a generation from there reports.
     for place in (1, len(prompt) - 1):
         forced = msgspec.structs.replace(GREEDY, max_tokens=1, logit_bias={prompt[place]: 100.0}, logprobs=2)
         first = next(iter(engine.generate(prompt[:place], forced)))
         assert first.logprob is not None
-        assert echo.logprobs[place - 1].logprob == pytest.approx(first.logprob.logprob, abs=2e-2)
+        assert echo.logprobs[place].logprob == pytest.approx(first.logprob.logprob, abs=2e-2)
     assert [item.token_id for item in rest[:-1]] == run(engine, text, GREEDY)[0]
 
 

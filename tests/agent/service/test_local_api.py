@@ -141,7 +141,7 @@ def test_models_health_tokenize_status_and_metrics(http: httpx.Client, client: o
         (b'{"messages": [{"role": "user", "content": "x"}], "temperature": -1}', 400, "temperature"),
         (b'{"messages": [{"role": "robot", "content": "x"}]}', 400, "messages"),
         (b'{"messages": [{"role": "user", "content": "x"}], "model": "gpt-4"}', 404, "model"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "n": 2}', 400, "n"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "n": 65}', 400, "n"),
         (b'{"messages": [{"role": "user", "content": "/refuse"}]}', 400, "prompt"),
         (b'{"messages": [{"role": "user", "content": "/refuse"}], "stream": true}', 400, "prompt"),
         (b'{"messages": [{"role": "user", "content": "/fail"}]}', 500, None),
