@@ -114,7 +114,14 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         self_tests: tuple[SelfTest, ...] = ()
         if runs_here(target, memory):
             model_path = writer.directory / MODEL_NAME
-            self_tests = make_self_tests(model_path, tokenizer, chat_format, generation, progress)
+            self_tests = make_self_tests(
+                model_path,
+                tokenizer,
+                chat_format,
+                generation,
+                progress,
+                short_rope_tokens=None if facts.rope is None else facts.rope.original_max_position_embeddings,
+            )
         progress.stage("hashing", 0)
         manifest = Manifest(
             format_version=FORMAT_VERSION,

@@ -114,16 +114,24 @@ class Runner:
             logits = logits[:, logits_start:]
         return logits, Cache(total, arrays)
 
-    def greedy(self, prompt: list[int], count: int, eos: frozenset[int] = frozenset()) -> list[GreedyToken]:
-        """Return up to ``count`` most likely tokens after ``prompt``; the last one may be an end token."""
-        planned = len(prompt) + count
-        logits, cache = self.run(_row(prompt), self.empty_cache(), logits_start=len(prompt) - 1, rope_tokens=planned)
+    def greedy(
+        self, prompt: list[int], count: int, eos: frozenset[int] = frozenset(), *, short_rope_tokens: int | None = None
+    ) -> list[GreedyToken]:
+        """Return up to ``count`` most likely tokens after ``prompt``; the last one may be an end token.
+
+        With LongRoPE a text that outgrows ``short_rope_tokens`` is computed again with the long factors.
+        """
+        logits, cache = self.run(_row(prompt), self.empty_cache(), logits_start=len(prompt) - 1)
         found: list[GreedyToken] = []
         while True:
             found.append(_choose(logits[0, -1]))
             if len(found) == count or found[-1].token in eos:
                 return found
-            logits, cache = self.run(_row([found[-1].token]), cache, rope_tokens=planned)
+            if cache.offset == short_rope_tokens:
+                text = prompt + [chosen.token for chosen in found]
+                logits, cache = self.run(_row(text), self.empty_cache(), logits_start=len(text) - 1)
+            else:
+                logits, cache = self.run(_row([found[-1].token]), cache)
 
 
 class GreedyToken(NamedTuple):

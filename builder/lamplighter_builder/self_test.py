@@ -28,8 +28,12 @@ def make_self_tests(
     chat_format: ChatFormat | None,
     generation: GenerationDefaults,
     progress: Progress,
+    *,
+    short_rope_tokens: int | None = None,
 ) -> tuple[SelfTest, ...]:
     """Run a written model on a few prompts and keep its greedy tokens.
+
+    With LongRoPE, ``short_rope_tokens`` is the length of the longest text with short factors.
 
     Raises:
         BuildError: If onnxruntime cannot load the model.
@@ -40,7 +44,9 @@ def make_self_tests(
     tests = []
     for prompt in _PROMPTS:
         tokens = _encode(prompt, tokenizer, chat_format)
-        greedy = runner.greedy(tokens, _TOKENS, frozenset(generation.eos_token_ids))
+        greedy = runner.greedy(
+            tokens, _TOKENS, frozenset(generation.eos_token_ids), short_rope_tokens=short_rope_tokens
+        )
         unclear = [index for index, chosen in enumerate(greedy) if chosen.margin < _CLEAR_MARGIN]
         tests.append(
             SelfTest(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationMixin
 
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.params import GenerationParams
@@ -73,21 +74,40 @@ def test_onnxruntime_genai_gives_our_tokens(precision: PrecisionName, checkpoint
     assert genai_agrees(build_tiny_package(checkpoint, tmp_path / "package", precision))
 
 
+def transformers_tokens(checkpoint: Path, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens of ``generate``, which computes its cache again where LongRoPE's short factors end."""
+    model = load_reference(checkpoint).model
+    assert isinstance(model, GenerationMixin)
+    with torch.no_grad():
+        found = model.generate(  # type: ignore[misc]
+            torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    assert isinstance(found, torch.Tensor)
+    return [int(token) for token in found[0, len(prompt) :]]
+
+
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
-def test_text_planned_across_the_switch_has_long_factors_from_its_start(checkpoint: Path, engine: Engine) -> None:
-    prompt = PROMPTS[1]
-    assert len(prompt) < LONG_ROPE_SWITCH < len(prompt) + 40
+@pytest.mark.parametrize("length", [LONG_ROPE_SWITCH - 20, LONG_ROPE_SWITCH - 1, LONG_ROPE_SWITCH])
+def test_text_across_the_switch_is_that_of_transformers(length: int, checkpoint: Path, engine: Engine) -> None:
+    prompt = PROMPTS[2][:length]
     params = GenerationParams(max_tokens=40, temperature=0.0, ignore_eos=True)
-    generated, _ = engine_tokens(engine, prompt, params)
-    assert_greedy(load_reference(checkpoint), prompt, generated)
+    assert engine_tokens(engine, prompt, params)[0] == transformers_tokens(checkpoint, prompt, 40)
 
 
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
-def test_text_without_a_limit_is_planned_for_the_whole_context(checkpoint: Path, engine: Engine) -> None:
+def test_text_without_a_limit_is_that_of_transformers_too(checkpoint: Path, engine: Engine) -> None:
     params = GenerationParams(temperature=0.0, ignore_eos=True)
     generated, end = engine_tokens(engine, PROMPTS[0], params)
     assert (end.finish_reason, len(generated)) == ("length", CONTEXT - len(PROMPTS[0]))
-    assert_greedy(load_reference(checkpoint), PROMPTS[0], generated)
+    assert generated == transformers_tokens(checkpoint, PROMPTS[0], len(generated))
+
+
+@pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
+def test_requests_that_cross_the_switch_together_get_the_tokens_of_each_alone(engine: Engine) -> None:
+    params = GenerationParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    prompts = [PROMPTS[2][start : start + length] for start, length in ((0, 50), (1, 60), (2, 20))]
+    alone = [engine_tokens(engine, prompt, params)[0] for prompt in prompts]
+    assert tokens_together(engine, tuple(prompts), params) == alone
 
 
 @pytest.mark.parametrize("family", LONG_ROPE, indirect=True)

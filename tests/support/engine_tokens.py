@@ -30,9 +30,11 @@ def engine_tokens(engine: Engine, prompt: list[int], params: GenerationParams = 
     return [item.token_id for item in items if item.token_id is not None], end
 
 
-def tokens_together(engine: Engine, prompts: tuple[list[int], ...]) -> list[list[int]]:
+def tokens_together(
+    engine: Engine, prompts: tuple[list[int], ...], params: GenerationParams = GREEDY
+) -> list[list[int]]:
     """Return what our engine generates for prompts by turns, so that they are decoded in one batch."""
-    streams = [engine.generate(prompt, GREEDY) for prompt in prompts]
+    streams = [engine.generate(prompt, params) for prompt in prompts]
     found: list[list[int]] = [[] for _ in prompts]
     for items in zip(*streams, strict=True):
         for tokens, item in zip(found, items, strict=True):

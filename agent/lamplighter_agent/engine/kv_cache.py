@@ -148,13 +148,23 @@ class KVCache:
         return tuple(self._tokens[slot][: self._slid_at[slot]])
 
     def plan(self, slot: int, tokens: int) -> None:
-        """Say of an empty slot how many tokens it will hold at most: with LongRoPE this chooses the factors."""
+        """Say of an empty slot how many tokens are to be put into it: with LongRoPE this chooses the factors."""
         short = self.spec.short_rope_tokens
         self._rope_tokens[slot] = tokens if short is not None and tokens > short else 0
 
     def rope_tokens(self, slot: int) -> int:
         """Return what the graph input ``rope_tokens`` must be for a slot: 0 for short factors and without LongRoPE."""
         return self._rope_tokens[slot]
+
+    def room(self, slot: int) -> int:
+        """Return how many more tokens a slot takes; with LongRoPE, before it needs the long factors."""
+        short = self.spec.short_rope_tokens
+        most = self.capacity if short is None or self._rope_tokens[slot] else min(short, self.capacity)
+        return most - self.offset(slot)
+
+    def needs_long_rope(self, slot: int) -> bool:
+        """Return True if the next token's key would need the long factors, but the slot has short ones."""
+        return self.spec.short_rope_tokens is not None and not self._rope_tokens[slot] and self.room(slot) <= 0
 
     @property
     def can_evict(self) -> bool:

@@ -194,7 +194,9 @@ class Scheduler:
             sequence.reserved = wanted
             sequence.request.start(now)
             self._slots.append(sequence)
-            self._runner.cache.plan(len(self._slots) - 1, len(sequence.prompt) + sequence.limit)
+            # Beams step together, so that none of them can be computed again on the way.
+            ahead = sequence.limit if sequence.together else 0
+            self._runner.cache.plan(len(self._slots) - 1, len(sequence.prompt) + ahead)
             self._reuse_prefix(sequence, len(self._slots) - 1)
 
     def _reuse_prefix(self, sequence: Sequence, slot: int) -> None:
@@ -272,6 +274,8 @@ class Scheduler:
         for sequence in self._slots[: self._decoding]:
             if self._holds(sequence) and not self._extend(sequence) and not self._slide(sequence):
                 self._close(sequence, "length", events, now=now)
+        for sequence in self._slots[: self._decoding]:
+            self._take_long_factors(sequence)
         batch = self._slots[: self._decoding]
         if not batch:
             return
@@ -305,7 +309,7 @@ class Scheduler:
             return []
         if sequence.speculator is None:
             sequence.speculator = Speculator([*sequence.prompt, sequence.last_token], self._costs)
-        room = sequence.reserved - self._runner.cache.offset(0)
+        room = min(sequence.reserved - self._runner.cache.offset(0), self._runner.cache.room(0))
         usable = tuple(rows for rows in WIDTHS if self._runner.exactness(rows) is not False)
         draft = sequence.speculator.draft(min(room, sequence.limit - sequence.generated) - 1, usable)
         sequence.request.drafted += len(draft)
@@ -385,10 +389,26 @@ class Scheduler:
             return True
         recent = tokens[keep + max((len(tokens) - keep) // _COMPUTED_SHARE, 1) :]
         cache.trim(slot, len(tokens) - keep)
-        sequence.compute_again([*tokens[:keep], *recent, sequence.last_token], keep)
-        self._decoding -= 1
-        self._exchange(slot, self._decoding)
+        self._compute_again(sequence, [*tokens[:keep], *recent, sequence.last_token], keep)
         return True
+
+    def _take_long_factors(self, sequence: Sequence) -> None:
+        """Where LongRoPE's short factors end, compute the text again with the long ones, as transformers does."""
+        cache, slot = self._runner.cache, self._slots.index(sequence)
+        if not cache.needs_long_rope(slot):
+            return
+        tokens = cache.tokens(slot)
+        if self._prefixes is not None and sequence.cache_prompt:
+            self._prefixes.store(cache, slot, len(cache.prefix(slot)))
+        cache.trim(slot, len(tokens))
+        cache.plan(slot, len(tokens) + 1)
+        self._compute_again(sequence, [*tokens, sequence.last_token], 0)
+
+    def _compute_again(self, sequence: Sequence, tokens: list[int], done: int) -> None:
+        """Send a sequence back to prefill; the first ``done`` of ``tokens`` are in its slot."""
+        sequence.compute_again(tokens, done)
+        self._decoding -= 1
+        self._exchange(self._slots.index(sequence), self._decoding)
 
     def _close(
         self, sequence: Sequence, reason: FinishReason, events: list[Event], *, now: float | None = None

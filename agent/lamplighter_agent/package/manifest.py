@@ -67,8 +67,8 @@ class RopeScaling(msgspec.Struct, frozen=True, kw_only=True):
         shiftable: True if rotating a cached key by a position difference is exact, so that a cache may slide.
         inv_freq: Radians a position of each pair of features, scaling included; None: those of ``default`` without
             scaling, and unknown for every other type.
-        original_max_position_embeddings: With ``longrope``: texts planned to be longer use the long factors (the graph
-            input ``rope_tokens``), and keys cached with one set of factors are of no use with the other. Else None.
+        original_max_position_embeddings: With ``longrope``: longer texts use the long factors (see the graph input
+            ``rope_tokens``), and keys cached with one set of factors are of no use with the other. Else None.
     """
 
     rope_type: str

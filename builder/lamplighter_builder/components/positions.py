@@ -17,8 +17,8 @@ def long_rope_positions(graph: Graph, rope: LongRope, positions: int, token_ids:
     """Choose the short or the long set of LongRoPE for each row of the batch.
 
     A row takes the long set if it has, or is planned to have, more than ``original_context`` tokens. The plan is the
-    graph input ``rope_tokens`` int64 [1] or [B], 0 by default: cached keys must not change their set on the way, so
-    whoever computes a prompt in chunks, or generates across the switch, gives the row's final length with every step.
+    graph input ``rope_tokens`` int64 [1] or [B], 0 by default: keys of the two sets must not mix, so whoever computes a
+    long prompt in chunks gives its length with every chunk.
 
     Args:
         graph: Graph under construction.

@@ -112,3 +112,28 @@ def test_reserving_a_large_capacity_commits_nothing() -> None:
     cache = KVCache(CacheSpec(layers=4, heads=8, head_dim=128), slots=8, capacity=16384)
     assert sum(buffer.nbytes for buffer in cache.buffers) == 4 * 1024**3
     assert _resident_bytes() - before < 16 * 1024 * 1024
+
+
+def test_long_rope_chooses_a_slots_factors_by_what_is_planned() -> None:
+    cache = KVCache(CacheSpec(layers=1, heads=1, head_dim=4, short_rope_tokens=8), slots=2, capacity=16)
+    cache.plan(0, 8)
+    cache.advance(0, range(8))
+    cache.plan(1, 9)
+    cache.advance(1, range(8))
+    assert (cache.rope_tokens(0), cache.rope_tokens(1)) == (0, 9)
+    assert (cache.room(0), cache.room(1)) == (0, 8)
+    assert (cache.needs_long_rope(0), cache.needs_long_rope(1)) == (True, False)
+    assert (len(cache.prefix(0)), len(cache.prefix(1))) == (8, 0)
+    cache.swap(0, 1)
+    assert (cache.rope_tokens(0), cache.rope_tokens(1)) == (9, 0)
+    cache.copy(0, 1, 3)
+    assert cache.rope_tokens(1) == 9
+    cache.release(1)
+    assert cache.rope_tokens(1) == 0
+
+
+def test_without_long_rope_a_plan_changes_nothing() -> None:
+    cache = KVCache(SPEC, slots=1, capacity=16)
+    cache.plan(0, 1000)
+    cache.advance(0, range(16))
+    assert (cache.rope_tokens(0), cache.room(0), cache.needs_long_rope(0)) == (0, 0, False)
