@@ -19,6 +19,7 @@ from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME, check_name
 from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
+    CacheScales,
     ExecutionProvider,
     GenerationDefaults,
     Manifest,
@@ -29,6 +30,7 @@ from lamplighter_agent.package.manifest import (
     Target,
 )
 from lamplighter_builder import __version__
+from lamplighter_builder.cache_scales import calibrate_cache
 from lamplighter_builder.chat_template import compile_chat_template
 from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
@@ -112,8 +114,12 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation, target, written.graph))
         memory = memory_needs(model.config, graph, target)
         self_tests: tuple[SelfTest, ...] = ()
+        scales: CacheScales | None = None
         if runs_here(target, memory):
             model_path = writer.directory / MODEL_NAME
+            if target.cache_dtype == "float32":
+                progress.stage("cache scales", 0)
+                scales = calibrate_cache(model_path, tokenizer, facts)
             self_tests = make_self_tests(
                 model_path,
                 tokenizer,
@@ -133,6 +139,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             target=Target(execution_provider=options.execution_provider, operator_domains=operator_domains(written)),
             files=writer.entries(),
             memory=memory,
+            cache_scales=scales,
             generation=generation,
             chat_format=chat_format,
             self_tests=self_tests,

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from lamplighter_agent.package.manifest import MemoryNeeds
+from lamplighter_agent.package.manifest import CacheDtype, MemoryNeeds
 from lamplighter_builder.graph import Graph, TensorSpec, Weight
 from lamplighter_builder.models.decoder import DecoderConfig
 from lamplighter_builder.targets import GraphTarget
@@ -23,7 +23,7 @@ def memory_needs(config: DecoderConfig, graph: Graph, target: GraphTarget) -> Me
     aliases = graph.external().keys() - {spec.name for weight in graph.weights for spec in weight.outputs}
     return MemoryNeeds(
         weights_bytes=weights + sum(_packed_bytes(graph.external()[name]) for name in aliases),
-        kv_bytes_per_token={target.cache_dtype: features * target.float_bytes},
+        kv_bytes_per_token=_cache_bytes(features, target),
         prefill_scratch_bytes=_prefill_bytes(config, target.float_bytes),
         prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
     )
@@ -50,6 +50,14 @@ def _packed_bytes(spec: TensorSpec) -> int:
         return spec.nbytes
     rows, blocks, _ = spec.shape
     return spec.nbytes + _FLOAT_BYTES * rows * blocks + _FLOAT_BYTES * -(-rows // 16) * 16 * blocks
+
+
+def _cache_bytes(features: int, target: GraphTarget) -> dict[CacheDtype, int]:
+    """Return the bytes of a token by cache dtype; a float32 graph can be run with an int8 cache as well."""
+    sizes: dict[CacheDtype, int] = {target.cache_dtype: features * target.float_bytes}
+    if target.cache_dtype == "float32":
+        sizes["int8"] = features
+    return sizes
 
 
 def _prefill_bytes(config: DecoderConfig, float_bytes: int) -> int:

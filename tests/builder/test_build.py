@@ -45,7 +45,7 @@ def test_manifest_says_what_was_built(tiny_int4: Path) -> None:
     assert (model.model_type, model.vocab_size, model.head_dim, model.tie_word_embeddings) == ("llama", 384, 16, True)
     assert manifest.licence == "Apache-2.0"
     assert manifest.generation.eos_token_ids == (2,)
-    assert manifest.memory.kv_bytes_per_token == {"float32": 2 * 2 * 2 * 16 * 4}
+    assert manifest.memory.kv_bytes_per_token == {"float32": 2 * 2 * 2 * 16 * 4, "int8": 2 * 2 * 2 * 16}
     groups = {group.name: group for group in manifest.precision.groups}
     assert groups["embedding"].length_bytes == 384 * 64 // 2 + 384 * 2 * 4
     assert (groups["linear"].bits, groups["linear"].block_size, groups["linear"].accuracy_level) == (4, 32, 4)

@@ -91,6 +91,13 @@ def _set(path: str, value: object) -> dict[str, Any]:
         ("files", None, "files"),
         ("model.num_key_value_heads", 3, "no multiple"),
         ("model.vocab_size", 0, "vocab_size"),
+        ("cache_scales", {"key": ["AACAPw=="], "value": []}, "cache_scales: key must have"),
+        ("model.rope", {"rope_type": "default", "rope_theta": 1e4, "rotary_dim": 7}, "rotary_dim 7 is not an even"),
+        (
+            "model.rope",
+            {"rope_type": "default", "rope_theta": 1e4, "rotary_dim": 4, "inv_freq": [1.0]},
+            "inv_freq has 1 entries, but must have 2",
+        ),
         ("memory.kv_bytes_per_token", {}, "kv_bytes_per_token is empty"),
         ("memory.kv_bytes_per_token", {"float8": 1}, "float8"),
         ("target.execution_provider", "abacus", "execution_provider"),

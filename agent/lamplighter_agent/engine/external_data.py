@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from lamplighter_agent.engine.protobuf import encode_bytes, read_fields
+from lamplighter_agent.engine.protobuf import edit_fields, encode_bytes, read_fields
 from lamplighter_agent.errors import EngineError
 
 ALIGNMENT_BYTES: Final = 64
@@ -115,16 +115,7 @@ def _edit_model(model: memoryview, edit: Callable[[Entries], Entries]) -> bytes:
             for key, value in edited.items()
         )
 
-    return _edit_field(model, _MODEL_GRAPH, lambda graph: _edit_field(graph, _GRAPH_INITIALIZER, edit_tensor))
-
-
-def _edit_field(message: memoryview, number: int, edit: Callable[[memoryview], bytes]) -> bytes:
-    return b"".join(
-        encode_bytes(number, edit(field.content))
-        if field.number == number and field.content is not None
-        else bytes(field.raw)
-        for field in read_fields(message)
-    )
+    return edit_fields(model, {_MODEL_GRAPH: lambda graph: edit_fields(graph, {_GRAPH_INITIALIZER: edit_tensor})})
 
 
 def _entry(content: memoryview | None) -> tuple[str, str]:

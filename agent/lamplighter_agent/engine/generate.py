@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 
+from lamplighter_agent.engine.cache_graph import cache_scales
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
@@ -35,7 +36,7 @@ from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError, RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.package.layout import MODEL_NAME
-from lamplighter_agent.package.manifest import Manifest, read_manifest
+from lamplighter_agent.package.manifest import CacheDtype, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -104,13 +105,10 @@ class Engine:
         self.plan = plan
         self.threads = threads
         self.prepared = prepared
-        spec = CacheSpec.from_model(manifest.model)
-        cache = KVCache(
-            spec, slots=plan.slots, capacity=plan.max_context_tokens, rotations=key_rotations(manifest.model)
-        )
+        cache = _make_cache(manifest, plan)
         self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
         source = None if self._prefix_files is None else self._prefix_files.recall
-        self.prefixes = PrefixCache(spec, max_bytes=plan.prefix_cache_bytes, source=source)
+        self.prefixes = PrefixCache(cache.spec, max_bytes=plan.prefix_cache_bytes, source=source)
         self.runner = ModelRunner(session, cache)
         self.scheduler = Scheduler(
             self.runner,
@@ -157,14 +155,18 @@ class Engine:
         plan = plan_memory(manifest, read_machine_memory(), options)
         threads = options.threads or physical_cores()
         tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
-        session = None if prepared_root is None else _open_prepared(package, prepared_root, manifest, threads)
+        session = (
+            None
+            if prepared_root is None
+            else _open_prepared(package, prepared_root, manifest, threads, plan.kv_cache_dtype)
+        )
         prepared = session is not None
         if session is None:
             check_operators(package / MODEL_NAME)
-            session = ModelSession(package / MODEL_NAME, manifest, threads=threads)
+            session = ModelSession(package / MODEL_NAME, manifest, threads=threads, cache_dtype=plan.kv_cache_dtype)
         files = None
         if prefix_root is not None and options.prefix_disk_bytes:
-            files = _prefix_files(package, prefix_root, manifest, options.prefix_disk_bytes)
+            files = _prefix_files(package, prefix_root, manifest, plan, options.prefix_disk_bytes)
         return cls(
             manifest,
             tokenizer,
@@ -297,8 +299,20 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
 
 
-def _prefix_files(package: Path, root: Path, manifest: Manifest, max_bytes: int) -> PrefixFiles:
-    key, spec = prepared_key(package), CacheSpec.from_model(manifest.model)
+def _make_cache(manifest: Manifest, plan: MemoryPlan) -> KVCache:
+    scales = None
+    if plan.kv_cache_dtype == "int8" and manifest.cache_scales is not None:
+        scales = tuple(key for key, _ in cache_scales(manifest.cache_scales, manifest.model))
+    return KVCache(
+        CacheSpec.from_model(manifest.model, plan.kv_cache_dtype),
+        slots=plan.slots,
+        capacity=plan.max_context_tokens,
+        rotations=key_rotations(manifest.model, scales),
+    )
+
+
+def _prefix_files(package: Path, root: Path, manifest: Manifest, plan: MemoryPlan, max_bytes: int) -> PrefixFiles:
+    key, spec = prepared_key(package), CacheSpec.from_model(manifest.model, plan.kv_cache_dtype)
     return PrefixFiles(
         root,
         f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec}",
@@ -308,7 +322,9 @@ def _prefix_files(package: Path, root: Path, manifest: Manifest, max_bytes: int)
     )
 
 
-def _open_prepared(package: Path, root: Path, manifest: Manifest, threads: int) -> ModelSession | None:
+def _open_prepared(
+    package: Path, root: Path, manifest: Manifest, threads: int, cache_dtype: CacheDtype
+) -> ModelSession | None:
     """Open the prepared copy; None, with the reason logged, if it cannot be used.
 
     The hashes are computed while onnxruntime loads: nothing runs on the copy before they agree.
@@ -323,7 +339,7 @@ def _open_prepared(package: Path, root: Path, manifest: Manifest, threads: int) 
     hashing = threading.Thread(target=lambda: damaged.append(damaged_file(directory)), name="hash-prepared")
     hashing.start()
     try:
-        session = ModelSession(directory / MODEL_NAME, manifest, threads=threads)
+        session = ModelSession(directory / MODEL_NAME, manifest, threads=threads, cache_dtype=cache_dtype)
     except (PackageError, EngineError) as error:
         logger.warning("the package is loaded as built: the prepared copy does not open: %s", error.message)
         session = None

@@ -13,10 +13,15 @@ from typing import Final, NamedTuple
 
 from lamplighter_agent.engine.protobuf import read_fields
 from lamplighter_agent.errors import IncompatiblePackageError, PackageError
-from lamplighter_agent.package.manifest import ModelFacts
+from lamplighter_agent.package.manifest import CacheDtype, ModelFacts
 
 _INT64: Final = "tensor(int64)"
 _FLOAT: Final = "tensor(float)"
+_CACHE_TYPES: Final[dict[CacheDtype, str]] = {
+    "float32": _FLOAT,
+    "float16": "tensor(float16)",
+    "int8": "tensor(int8)",
+}
 
 # Field numbers of onnx.proto: ModelProto.opset_import and .functions, OperatorSetIdProto.domain.
 _MODEL_OPSET_IMPORT: Final = 8
@@ -50,7 +55,12 @@ class GraphIO:
 
 
 def check_graph_io(
-    *, inputs: list[TensorInfo], overridable: list[TensorInfo], outputs: list[TensorInfo], model: ModelFacts
+    *,
+    inputs: list[TensorInfo],
+    overridable: list[TensorInfo],
+    outputs: list[TensorInfo],
+    model: ModelFacts,
+    cache_dtype: CacheDtype = "float32",
 ) -> GraphIO:
     """Compare a graph's interface with the contract and the manifest's facts.
 
@@ -68,11 +78,12 @@ def check_graph_io(
         _check_tensor("input", extra, "logits_start", _INT64, (1,))
     if "rope_tokens" in extra:
         _check_tensor("input", extra, "rope_tokens", _INT64, (None,))
+    cache_type = _CACHE_TYPES[cache_dtype]
     cache_shape = (None, model.num_key_value_heads, None, model.head_dim)
     for layer in range(model.num_hidden_layers):
         for kind in ("key", "value"):
-            _check_tensor("input", given, f"past_key_values.{layer}.{kind}", _FLOAT, cache_shape)
-            _check_tensor("output", produced, f"present.{layer}.{kind}", _FLOAT, cache_shape)
+            _check_tensor("input", given, f"past_key_values.{layer}.{kind}", cache_type, cache_shape)
+            _check_tensor("output", produced, f"present.{layer}.{kind}", cache_type, cache_shape)
     logits = _check_tensor("output", produced, "logits", _FLOAT, (None, None, None))
     width = logits.shape[2]
     if not isinstance(width, int) or width < model.vocab_size:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import psutil
 
+from lamplighter_agent.engine.kv_cache import CacheSpec
 from lamplighter_agent.engine.options import EngineOptions
-from lamplighter_agent.errors import MemoryBudgetError
-from lamplighter_agent.package.manifest import Manifest
+from lamplighter_agent.errors import IncompatiblePackageError, MemoryBudgetError
+from lamplighter_agent.package.manifest import CacheDtype, Manifest
 
 MIB: Final = 1024 * 1024
 
@@ -28,6 +29,9 @@ LOGITS_ROWS: Final = 2
 """Copies of a row of logits that sampling holds besides the model's output."""
 
 MIN_USEFUL_CONTEXT_TOKENS: Final = 256
+GOOD_CONTEXT_TOKENS: Final = 1024
+"""A float32 cache of less gives way to an int8 one."""
+
 DEFAULT_MAX_CONTEXT_TOKENS: Final = 4096
 DEFAULT_SLOTS: Final = 4
 DEFAULT_PREFIX_CACHE_BYTES: Final = 256 * MIB
@@ -64,6 +68,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         scratch_bytes: What a prefill chunk and a decode step of all slots need for a moment.
         headroom_bytes: Kept free.
         prefix_cache_bytes: Most that the prefix cache may hold.
+        kv_cache_dtype: Type of the KV cache's elements.
         kv_bytes_per_token: One token of one slot, all layers.
         kv_tokens: Tokens that all slots may hold together.
         max_context_tokens: Tokens that one slot may hold.
@@ -82,6 +87,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     slots: int
     prefill_chunk_tokens: int
     prefix_cache_bytes: int = 0
+    kv_cache_dtype: CacheDtype = "float32"
 
     @property
     def kv_bytes(self) -> int:
@@ -101,6 +107,7 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
     never cut; an automatic one shrinks to what fits.
 
     Raises:
+        IncompatiblePackageError: If the configured cache dtype needs scales that the package does not have.
         MemoryBudgetError: If the smallest plan (one slot with the asked, or the smallest useful context) does not fit;
             the sentence gives each part in bytes.
     """
@@ -109,35 +116,33 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
         budget = min(budget, options.memory_budget_bytes)
     headroom = max(budget // _HEADROOM_SHARE, _MIN_HEADROOM_BYTES)
     slots = options.slots or DEFAULT_SLOTS
-    per_token = _kv_bytes_per_token(manifest)
-    model_limit = manifest.model.max_position_embeddings
-    wanted = min(options.max_context_tokens or DEFAULT_MAX_CONTEXT_TOKENS, model_limit)
+    model = manifest.model
+    wanted = min(options.max_context_tokens or DEFAULT_MAX_CONTEXT_TOKENS, model.max_position_embeddings)
     smallest = wanted if options.max_context_tokens is not None else min(MIN_USEFUL_CONTEXT_TOKENS, wanted)
     chunk = min(options.prefill_chunk_tokens, wanted)
     scratch = _scratch_bytes(manifest, chunk, slots)
-    runtime = RUNTIME_BYTES + TOKENIZER_ENTRY_BYTES * manifest.model.vocab_size
-    fixed = runtime + manifest.memory.weights_bytes + scratch + headroom
-    prefixes = _prefix_cache_bytes(options, budget - fixed, smallest * per_token)
-    affordable = (budget - fixed - prefixes) // per_token
-    if affordable < smallest:
-        raise _does_not_fit(
-            manifest, machine, budget=budget, parts=(runtime, scratch, headroom), needed=smallest * per_token + prefixes
-        )
-    context = min(wanted, affordable)
+    runtime = RUNTIME_BYTES + TOKENIZER_ENTRY_BYTES * model.vocab_size
+    free = budget - (runtime + manifest.memory.weights_bytes + scratch + headroom)
+    cache = _choose_cache(manifest, options, free, smallest=smallest, wanted=wanted)
+    if cache.tokens < smallest:
+        needed = smallest * cache.bytes_per_token + cache.prefix_bytes
+        raise _does_not_fit(manifest, machine, budget=budget, parts=(runtime, scratch, headroom), needed=needed)
+    context = min(wanted, cache.tokens)
     if options.slots is None:
-        slots = max(1, min(slots, affordable // min(MIN_USEFUL_CONTEXT_TOKENS, context)))
+        slots = max(1, min(slots, cache.tokens // min(MIN_USEFUL_CONTEXT_TOKENS, context)))
     return MemoryPlan(
         budget_bytes=budget,
         runtime_bytes=runtime,
         weights_bytes=manifest.memory.weights_bytes,
         scratch_bytes=scratch,
         headroom_bytes=headroom,
-        kv_bytes_per_token=per_token,
-        kv_tokens=min(affordable, slots * context),
+        kv_cache_dtype=cache.dtype,
+        kv_bytes_per_token=cache.bytes_per_token,
+        kv_tokens=min(cache.tokens, slots * context),
         max_context_tokens=context,
         slots=slots,
         prefill_chunk_tokens=chunk,
-        prefix_cache_bytes=prefixes,
+        prefix_cache_bytes=cache.prefix_bytes,
     )
 
 
@@ -166,9 +171,36 @@ def physical_cores() -> int:
     return max(1, min(-(-logical // siblings), quota_cores(Path("/")) or logical))
 
 
-def _kv_bytes_per_token(manifest: Manifest) -> int:
-    model = manifest.model
-    return 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 4
+class _Cache(NamedTuple):
+    """A KV cache that a plan could have, and the prefix cache beside it."""
+
+    dtype: CacheDtype
+    bytes_per_token: int
+    tokens: int
+    prefix_bytes: int
+
+
+def _choose_cache(manifest: Manifest, options: EngineOptions, free: int, *, smallest: int, wanted: int) -> _Cache:
+    """Return the float32 cache if ``free`` bytes give it a good context, else the int8 one where it holds more.
+
+    int8 is as fast in decoding, but slower in prefill and not as exact, so it is no default.
+    """
+    dtypes: tuple[CacheDtype, ...] = ("float32",) if manifest.cache_scales is None else ("float32", "int8")
+    if options.kv_cache_dtype is not None:
+        if options.kv_cache_dtype not in dtypes:
+            raise IncompatiblePackageError(
+                f"{manifest.reference} has no scales for an int8 cache", hint="build the package anew, or use float32"
+            )
+        dtypes = (options.kv_cache_dtype,)
+    good = smallest if options.max_context_tokens is not None else min(GOOD_CONTEXT_TOKENS, wanted)
+    found = []
+    for dtype in dtypes:
+        per_token = CacheSpec.from_model(manifest.model, dtype).bytes_per_token
+        prefixes = _prefix_cache_bytes(options, free, smallest * per_token)
+        found.append(_Cache(dtype, per_token, (free - prefixes) // per_token, prefixes))
+        if found[-1].tokens >= good:
+            return found[-1]
+    return found[-1]
 
 
 def _prefix_cache_bytes(options: EngineOptions, free: int, kv_bytes: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from lamplighter_agent.errors import PackageError
@@ -58,6 +58,27 @@ def read_fields(message: memoryview) -> Iterator[Field]:
 def encode_bytes(number: int, content: bytes) -> bytes:
     """Return a length-delimited field."""
     return _encode_varint(number << 3 | _BYTES) + _encode_varint(len(content)) + content
+
+
+def encode_number(number: int, value: int) -> bytes:
+    """Return a field with a non-negative number."""
+    return _encode_varint(number << 3 | _VARINT) + _encode_varint(value)
+
+
+def edit_fields(message: memoryview, edits: Mapping[int, Callable[[memoryview], bytes]]) -> bytes:
+    """Return a message with the content of fields passed through functions, by field number; others stay.
+
+    Raises:
+        PackageError: If the message is none.
+    """
+    parts = []
+    for field in read_fields(message):
+        edit = edits.get(field.number)
+        if edit is None or field.content is None:
+            parts.append(bytes(field.raw))
+        else:
+            parts.append(encode_bytes(field.number, edit(field.content)))
+    return b"".join(parts)
 
 
 def _read_varint(message: memoryview, position: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ bytes, which are stored and signed as they came; an unknown major version of the
 from __future__ import annotations
 
 import math
+import struct
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -169,6 +170,18 @@ class MemoryNeeds(msgspec.Struct, frozen=True, kw_only=True):
     prefill_chunk_tokens: Positive = 512
 
 
+class CacheScales(msgspec.Struct, frozen=True, kw_only=True):
+    """Scales of an int8 cache, one a channel: a stored code times its scale is the value.
+
+    Attributes:
+        key: For each layer, float32 little-endian [num_key_value_heads, head_dim] in base64.
+        value: The same for values.
+    """
+
+    key: tuple[bytes, ...]
+    value: tuple[bytes, ...]
+
+
 class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids and sampling defaults that belong to the model (Hugging Face's ``generation_config.json``)."""
 
@@ -240,6 +253,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     target: Target
     files: Annotated[tuple[FileEntry, ...], Meta(min_length=1, max_length=MAX_FILES)]
     memory: MemoryNeeds
+    cache_scales: CacheScales | None = None
     generation: GenerationDefaults
     chat_format: ChatFormat | None = None
     self_tests: tuple[SelfTest, ...] = ()
@@ -375,6 +389,8 @@ def _check(manifest: Manifest) -> None:
             _check_rope(rope, model.head_dim)
     if not manifest.memory.kv_bytes_per_token:
         raise ManifestError("memory.kv_bytes_per_token is empty")
+    if manifest.cache_scales is not None:
+        _check_scales(manifest.cache_scales, model)
     for role in ("model", "weights", "tokenizer"):
         found = sum(entry.role == role for entry in manifest.files)
         if found != 1:
@@ -398,6 +414,18 @@ def _check_rope(rope: RopeScaling, head_dim: int) -> None:
         raise ManifestError(
             f"rope: inv_freq has {len(rope.inv_freq)} entries, but must have {rope.rotary_dim // 2} finite ones"
         )
+
+
+def _check_scales(scales: CacheScales, model: ModelFacts) -> None:
+    channels = model.num_key_value_heads * model.head_dim
+    for name, layers in (("key", scales.key), ("value", scales.value)):
+        if len(layers) != model.num_hidden_layers or any(len(layer) != 4 * channels for layer in layers):
+            raise ManifestError(
+                f"cache_scales: {name} must have {channels} float32 scales for each of {model.num_hidden_layers} layers"
+            )
+        for layer in layers:
+            if not all(0.0 < scale < math.inf for scale in struct.unpack(f"<{channels}f", layer)):
+                raise ManifestError(f"cache_scales: {name} has a scale that is not positive and finite")
 
 
 def _check_files(files: tuple[FileEntry, ...]) -> None:

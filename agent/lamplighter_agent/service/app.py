@@ -345,6 +345,7 @@ def _engine_options(config: EngineConfig) -> EngineOptions:
         max_context_tokens=config.max_context_tokens,
         slots=config.slots,
         threads=config.threads,
+        kv_cache_dtype=config.kv_cache_dtype,
         prefix_cache_bytes=None if config.prefix_cache_mb is None else config.prefix_cache_mb * _MIB,
         prefix_disk_bytes=config.prefix_disk_mb * _MIB,
         pinned_prompts=config.pinned_prompts,

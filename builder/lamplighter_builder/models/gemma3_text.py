@@ -33,9 +33,7 @@ class Gemma3TextConfig(Gemma2Config):
     def facts(self, parameters: int) -> ModelFacts:
         """Return the manifest's description; ``parameters`` counts the weights, tied ones once."""
         facts = Gemma2Config.facts(self, parameters)
-        # The manifest names one rope, so that cached keys of the other layers cannot be moved.
-        rope = msgspec.structs.replace(self.rope.facts(), shiftable=False)
-        return msgspec.structs.replace(facts, rope=rope)
+        return msgspec.structs.replace(facts, local_rope=self.local_rope.facts())
 
 
 def read_config(config: Fields) -> Gemma3TextConfig:

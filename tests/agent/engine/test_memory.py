@@ -15,8 +15,8 @@ from lamplighter_agent.engine.memory import (
     read_machine_memory,
 )
 from lamplighter_agent.engine.options import EngineOptions
-from lamplighter_agent.errors import MemoryBudgetError
-from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_agent.errors import IncompatiblePackageError, MemoryBudgetError
+from lamplighter_agent.package.manifest import CacheScales, Manifest, decode_manifest
 from support.manifests import manifest_tree
 
 GIB = 1024 * MIB
@@ -41,6 +41,11 @@ def manifest(*, positions: int = 8192) -> Manifest:
         "prefill_chunk_tokens": 512,
     }
     return decode_manifest(msgspec.json.encode(tree))
+
+
+def with_scales() -> Manifest:
+    layer = b"\0\0\x80\x3f" * (3 * 64)
+    return msgspec.structs.replace(manifest(), cache_scales=CacheScales(key=(layer,) * 30, value=(layer,) * 30))
 
 
 def machine(available: int, *, process: int = 0, limit: int | None = None) -> MachineMemory:
@@ -76,6 +81,42 @@ def test_a_budget_beyond_the_machine_does_not_help() -> None:
 def test_what_the_process_holds_already_counts_as_its_own() -> None:
     plan = plan_memory(manifest(), machine(300 * MIB, process=84 * MIB), EngineOptions())
     assert plan.budget_bytes == 384 * MIB
+
+
+def test_a_small_budget_takes_an_int8_cache_where_the_package_has_scales() -> None:
+    exact = plan_memory(manifest(), machine(300 * MIB), EngineOptions())
+    coded = plan_memory(with_scales(), machine(300 * MIB), EngineOptions())
+    assert (exact.kv_cache_dtype, coded.kv_cache_dtype) == ("float32", "int8")
+    assert exact.max_context_tokens < 1024 < coded.max_context_tokens
+    assert coded.kv_bytes_per_token == 11520
+    assert coded.total_bytes + coded.headroom_bytes <= 300 * MIB
+
+
+def test_a_good_context_stays_float32() -> None:
+    assert plan_memory(with_scales(), machine(16 * GIB), EngineOptions()).kv_cache_dtype == "float32"
+
+
+def test_a_configured_context_decides_about_the_cache() -> None:
+    small, large = (
+        plan_memory(with_scales(), machine(320 * MIB), EngineOptions(max_context_tokens=tokens, slots=1))
+        for tokens in (512, 2048)
+    )
+    assert (small.kv_cache_dtype, large.kv_cache_dtype) == ("float32", "int8")
+
+
+def test_a_configured_cache_is_kept_or_refused() -> None:
+    chosen = plan_memory(with_scales(), machine(16 * GIB), EngineOptions(kv_cache_dtype="int8"))
+    assert chosen.kv_cache_dtype == "int8"
+    with pytest.raises(IncompatiblePackageError, match="no scales"):
+        plan_memory(manifest(), machine(16 * GIB), EngineOptions(kv_cache_dtype="int8"))
+
+
+def test_the_prefix_cache_takes_a_share_or_what_is_configured() -> None:
+    plan = plan_memory(manifest(), machine(512 * MIB), EngineOptions())
+    assert 0 < plan.prefix_cache_bytes <= (plan.kv_bytes + plan.prefix_cache_bytes) // 3
+    assert plan.total_bytes + plan.headroom_bytes <= 512 * MIB
+    assert plan_memory(manifest(), machine(16 * GIB), EngineOptions()).prefix_cache_bytes == 256 * MIB
+    assert plan_memory(manifest(), machine(512 * MIB), EngineOptions(prefix_cache_bytes=0)).prefix_cache_bytes == 0
 
 
 def test_the_model_limits_the_context() -> None:
