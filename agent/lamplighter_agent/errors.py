@@ -54,6 +54,12 @@ class ManifestError(PackageError):
     reason = "manifest_invalid"
 
 
+class GraphError(PackageError):
+    """A graph file is damaged, or asks for something that no package may ask for."""
+
+    reason = "graph_invalid"
+
+
 class MissingFileError(PackageError):
     """A file that the manifest lists is not in the package or the repository."""
 
