@@ -85,6 +85,22 @@ class RepositoryConfig(msgspec.Struct, frozen=True, kw_only=True):
         return self.disk_reserve_mb * _MIB
 
 
+class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What every package must show in its trial on this device; None asks nothing.
+
+    Attributes:
+        min_generated_tokens_per_s: Lowest decode speed.
+        max_first_token_s: Longest time to the first token of a self-test prompt.
+        max_load_s: Longest time until the engine is ready.
+        max_memory_mb: Most memory that the engine process may have used.
+    """
+
+    min_generated_tokens_per_s: Annotated[float, Meta(gt=0)] | None = None
+    max_first_token_s: Seconds | None = None
+    max_load_s: Seconds | None = None
+    max_memory_mb: PositiveInt | None = None
+
+
 class UpdatesConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How a new package comes into use.
 
@@ -95,6 +111,7 @@ class UpdatesConfig(msgspec.Struct, frozen=True, kw_only=True):
         trial_deadline_s: Longest time for each of preparing, trying and switching.
         probation_s: A new package must have served for so long before it is trusted.
         probation_failures: Crashes within that time with which it is rolled back.
+        limits: What its trial must show.
     """
 
     window: Annotated[str, Meta(pattern=r"^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$")] | None = None
@@ -102,6 +119,7 @@ class UpdatesConfig(msgspec.Struct, frozen=True, kw_only=True):
     trial_deadline_s: Seconds = 1_800.0
     probation_s: Seconds = 600.0
     probation_failures: Annotated[int, Meta(ge=1, le=100)] = 3
+    limits: LimitsConfig = LimitsConfig()
 
 
 class TlsConfig(msgspec.Struct, frozen=True, kw_only=True):

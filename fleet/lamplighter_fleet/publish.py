@@ -17,6 +17,7 @@ from lamplighter_agent.package.durable import make_directory, move, storage_erro
 from lamplighter_agent.package.hashing import digest_file, verify_file
 from lamplighter_agent.package.layout import MANIFEST_NAME, check_name
 from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest, read_manifest_bytes
+from lamplighter_agent.package.onnx_scan import KNOWN_DOMAINS, check_graph
 from lamplighter_agent.update.downgrade import DowngradePermission, read_permission, version_key
 from lamplighter_agent.update.states import PackageRef
 from lamplighter_fleet.repository import PublishedState, Repository, Signed
@@ -82,6 +83,7 @@ def publish_package(
         ManifestError: If the manifest is missing or breaks a rule of the format.
         MissingFileError: If a listed file is not in the package.
         HashMismatchError: If a file, or one of its chunks, is not as the manifest says.
+        GraphError: If the graph asks for something that no package may ask for.
         PackageError: If other bytes are published under this name and version.
         SignatureError: If the published metadata is not signed by these keys.
         MetadataError: If the published metadata is damaged.
@@ -182,6 +184,10 @@ def _published_files(repository: Repository, reference: str) -> tuple[PublishedS
 
 
 def _verify_files(package: Path, manifest: Manifest) -> None:
+    model = package / manifest.file("model").name
+    if model.is_file():
+        with storage_errors(f"reading {model}"):
+            check_graph(model, KNOWN_DOMAINS, frozenset(entry.name for entry in manifest.files))
     for entry in manifest.files:
         path = package / entry.name
         if path.is_symlink() or not path.is_file():

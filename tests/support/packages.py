@@ -12,6 +12,7 @@ import msgspec
 from lamplighter_agent.package.hashing import digest_file
 from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from support.graphs import graph_bytes
 from support.manifests import manifest_tree
 
 CHUNK_BYTES = 4096
@@ -26,6 +27,7 @@ def write_package(
     version: str = "1.0.0",
     weights_seed: int = 1,
     weights_bytes: int = WEIGHTS_BYTES,
+    graph: bytes = b"",
     change: Callable[[dict[str, Any]], None] = lambda tree: None,
 ) -> Manifest:
     """Write a package whose weights depend on ``weights_seed`` alone; model and tokenizer are always the same.
@@ -36,10 +38,13 @@ def write_package(
         version: Package version.
         weights_seed: Seed of the random weights.
         weights_bytes: Their length.
+        graph: Content of the graph's file; empty: a valid one.
         change: Alters the manifest's JSON tree before it is written.
     """
     directory.mkdir(parents=True)
-    (directory / MODEL_NAME).write_bytes(random.Random("model").randbytes(2 * CHUNK_BYTES + 7))
+    (directory / MODEL_NAME).write_bytes(
+        graph or graph_bytes(padding=random.Random("model").randbytes(2 * CHUNK_BYTES))
+    )
     (directory / WEIGHTS_NAME).write_bytes(random.Random(weights_seed).randbytes(weights_bytes))
     (directory / TOKENIZER_NAME).write_bytes(b"{}")
     tree = manifest_tree()

@@ -25,6 +25,7 @@ from lamplighter_agent.package.layout import (
     check_name,
     check_sha256,
 )
+from lamplighter_agent.package.limits import TrialLimits
 
 FORMAT_VERSION: Final = "1.0"
 _FORMAT_MAJOR: Final = 1
@@ -144,13 +145,19 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         execution_provider: The onnxruntime provider that the graph is written for.
         min_onnxruntime: Lowest onnxruntime version, ``major.minor``.
+        below_onnxruntime: The first onnxruntime version that is known not to run it, or None.
         min_agent: Lowest agent version.
+        architectures: Processors that it runs on, as ``uname -m`` names them; empty: any.
+        cpu_features: What the processor must have, in the words of ``/proc/cpuinfo``, for example ``avx2``.
         operator_domains: Every operator domain in the graph and its opset version.
     """
 
     execution_provider: ExecutionProvider = "cpu"
     min_onnxruntime: str = "1.31"
+    below_onnxruntime: str | None = None
     min_agent: str = "0.1.0"
+    architectures: Annotated[tuple[str, ...], Meta(max_length=16)] = ()
+    cpu_features: Annotated[tuple[str, ...], Meta(max_length=64)] = ()
     operator_domains: dict[str, Positive] = msgspec.field(default_factory=dict)
 
 
@@ -257,6 +264,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     generation: GenerationDefaults
     chat_format: ChatFormat | None = None
     self_tests: tuple[SelfTest, ...] = ()
+    trial_limits: TrialLimits = TrialLimits()
     fidelity: Fidelity | None = None
     provenance: Provenance
 

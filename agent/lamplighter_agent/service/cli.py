@@ -31,7 +31,7 @@ _WATCH_S = 2.0
 
 
 def add_commands(commands: Commands) -> None:
-    """Add ``run``, ``serve``, ``pull``, ``status``, ``doctor``, ``config`` and ``rollback``."""
+    """Add ``run``, ``serve``, ``pull``, ``status``, ``doctor``, ``config``, ``audit`` and ``rollback``."""
     run = add_command(commands, "run", run_agent, "run as a service: MQTT, local API, updates, telemetry")
     _add_config(run)
     serve = add_command(
@@ -52,8 +52,30 @@ def add_commands(commands: Commands) -> None:
     _add_config(doctor)
     config = add_command(commands, "config", show_config, "check a configuration and show all that is set by it")
     _add_config(config)
+    audit = add_command(commands, "audit", show_audit, "show who asked this device for what, and what happened")
+    audit.add_argument("--last", type=int, default=0, metavar="N", help="the last N entries (default: all)")
+    _add_config(audit)
     rollback = add_command(commands, "rollback", roll_back, "switch back to the previous package")
     _add_config(rollback)
+
+
+def show_audit(arguments: argparse.Namespace) -> int:
+    """Print the audit log: who asked for what, and what happened.
+
+    Raises:
+        LamplighterError: If it cannot be read.
+    """
+    from lamplighter_agent.update.audit import AUDIT_NAME, AuditLog
+
+    entries = AuditLog(_config(arguments).state_dir / AUDIT_NAME).read()
+    for entry in entries[-arguments.last :] if arguments.last else entries:
+        if arguments.json:
+            print(msgspec.json.encode(entry).decode())
+            continue
+        who = f" by {entry.requested_by}" if entry.requested_by else ""
+        why = f"  {entry.reason}: {entry.message}" if entry.reason else f"  {entry.message or ''}".rstrip()
+        print(f"{entry.time:%Y-%m-%d %H:%M:%S}  {entry.event:20} {entry.package or entry.active or '-'}{who}{why}")
+    return 0
 
 
 def run_agent(arguments: argparse.Namespace) -> int:
@@ -191,7 +213,7 @@ def _config(arguments: argparse.Namespace) -> AgentConfig:
 
 def _updater(config: AgentConfig, source: Path | None) -> Updater:
     """Return an updater that works beside no service: it tries and switches nothing, and prints its progress."""
-    from lamplighter_agent.service.updates import make_updater
+    from lamplighter_agent.service.update_setup import make_updater
     from lamplighter_agent.update.hooks import UpdateHooks
     from lamplighter_agent.update.sources import DirectorySource
     from lamplighter_agent.update.store import Store

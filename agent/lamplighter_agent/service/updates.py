@@ -17,73 +17,22 @@ from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.errors import ConfigError, EngineError, LamplighterError, RequestError, StoreError
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.update_hooks import ServiceHooks
+from lamplighter_agent.service.update_setup import make_updater
 from lamplighter_agent.update import recovery
 from lamplighter_agent.update.audit import AuditEntry
-from lamplighter_agent.update.compatibility import this_device
-from lamplighter_agent.update.deadlines import StateDeadlines
-from lamplighter_agent.update.downloader import DownloadOptions, HttpSource
-from lamplighter_agent.update.hooks import UpdateHooks, UpdateOptions
+from lamplighter_agent.update.hooks import UpdateHooks
 from lamplighter_agent.update.installed import InstalledPackage
 from lamplighter_agent.update.interrupt import Interrupt
 from lamplighter_agent.update.ledger import Ledger
-from lamplighter_agent.update.sources import Source
 from lamplighter_agent.update.states import Desired, UpdateReport, UpdateState
 from lamplighter_agent.update.store import Store
-from lamplighter_agent.update.trust import read_root
 from lamplighter_agent.update.updater import Updater
 
 logger = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 4
 PREPARE_MODULE: Final = "lamplighter_agent.engine.prepare"
-_MIB: Final = 1024 * 1024
 _STOP_TIMEOUT_S: Final = 15.0
-
-
-def make_updater(
-    config: AgentConfig,
-    store: Store,
-    hooks: UpdateHooks,
-    *,
-    source: Source | None = None,
-    ledger: Ledger | None = None,
-) -> Updater:
-    """Return an updater for the configured repository.
-
-    Args:
-        config: The whole configuration.
-        store: The packages of this device.
-        hooks: The rest of the agent.
-        source: Another place to read the repository from, such as a USB stick; None: ``repository.url``.
-        ledger: What is remembered about updates; None opens that of the store.
-
-    Raises:
-        ConfigError: If the repository's URL or the trusted root is not configured or cannot be read.
-    """
-    repository = config.repository
-    if source is None:
-        if repository.url is None:
-            raise ConfigError("repository.url is not set", hint="set it to where packages are published")
-        source = HttpSource(
-            repository.url,
-            timeout_s=repository.connect_timeout_s,
-            ca_file=repository.ca_file,
-            proxy=repository.proxy,
-        )
-    budget_mb = config.engine.memory_budget_mb
-    if repository.root_file is None:
-        raise ConfigError(
-            "repository.root_file is not set", hint="set it to the root.json that the operator handed out"
-        )
-    return Updater(
-        store,
-        source,
-        root=read_root(repository.root_file),
-        device=this_device(None if budget_mb is None else budget_mb * _MIB),
-        hooks=hooks,
-        options=_options(config),
-        ledger=ledger,
-    )
 
 
 class UpdateService:
@@ -338,29 +287,6 @@ def _roll_back(updater: Updater, future: concurrent.futures.Future[str], request
         future.set_exception(EngineError(f"the rollback failed: {type(error).__name__}: {error}"))
     else:
         future.set_result(outcome.report.message or "rolled back")
-
-
-def _options(config: AgentConfig) -> UpdateOptions:
-    repository, updates = config.repository, config.updates
-    download = DownloadOptions(
-        timeout_s=repository.connect_timeout_s,
-        low_speed_bytes_per_s=repository.low_speed_bytes_per_s,
-        low_speed_time_s=repository.low_speed_time_s,
-        speed_limit_bytes_per_s=repository.speed_limit_bytes_per_s,
-        retries=repository.retries,
-    )
-    return UpdateOptions(
-        download=download,
-        parallel_downloads=repository.parallel_downloads,
-        keep_packages=repository.keep_packages,
-        deadlines=StateDeadlines(
-            downloading_s=updates.download_deadline_s,
-            preparing_s=updates.trial_deadline_s,
-            trying_s=updates.trial_deadline_s,
-            activating_s=updates.trial_deadline_s,
-        ),
-        window=updates.window,
-    )
 
 
 def _rejection(

@@ -22,8 +22,10 @@ from lamplighter_agent.errors import (
     PackageError,
     TrialFailedError,
 )
+from lamplighter_agent.package.durable import storage_errors
 from lamplighter_agent.package.layout import MANIFEST_NAME
 from lamplighter_agent.package.manifest import FileEntry, Manifest, decode_manifest, read_manifest_bytes
+from lamplighter_agent.package.onnx_scan import check_graph
 from lamplighter_agent.update.attempt import Attempt
 from lamplighter_agent.update.clock import ClockVerdict
 from lamplighter_agent.update.compatibility import DeviceFacts, check_compatible
@@ -163,6 +165,11 @@ class Acquirer:
         except (HashMismatchError, MissingFileError):
             self.store.discard_bad_files(package)
             raise
+        model = manifest.file("model").name
+        attempt.file = model
+        with storage_errors(f"reading {package.path / model}"):
+            names = frozenset(entry.name for entry in manifest.files)
+            check_graph(package.path / model, self.device.operator_domains, names)
         attempt.file = None
         attempt.staged_sha256 = attempt.manifest_sha256
         return package

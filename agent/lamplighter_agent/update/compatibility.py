@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from lamplighter_agent import __version__
-from lamplighter_agent.errors import IncompatiblePackageError
+from lamplighter_agent.errors import IncompatiblePackageError, MemoryBudgetError
 from lamplighter_agent.package.manifest import Manifest
+from lamplighter_agent.package.onnx_scan import KNOWN_DOMAINS
 
 _LEADING_NUMBERS = re.compile(r"\d{1,6}(\.\d{1,6}){0,3}", re.ASCII)
-_KNOWN_DOMAINS = frozenset({"", "ai.onnx", "com.microsoft"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,9 @@ class DeviceFacts:
         onnxruntime_version: Version of the installed onnxruntime.
         execution_providers: Providers in the manifest's words.
         memory_bytes: Most memory that an engine may use, or None to leave the question to the trial.
+        architecture: The processor, as ``uname -m`` names it.
+        cpu_features: What it has, in the words of ``/proc/cpuinfo``; None if the system does not tell.
+        check_memory: Raises ``MemoryBudgetError`` if no memory plan of a package fits this machine.
         operator_domains: Operator domains that the runtime has; others would need a custom-operator library.
     """
 
@@ -30,14 +36,20 @@ class DeviceFacts:
     onnxruntime_version: str
     execution_providers: tuple[str, ...] = ("cpu",)
     memory_bytes: int | None = None
-    operator_domains: frozenset[str] = _KNOWN_DOMAINS
+    architecture: str = "x86_64"
+    cpu_features: frozenset[str] | None = None
+    check_memory: Callable[[Manifest], object] = lambda manifest: None
+    operator_domains: frozenset[str] = KNOWN_DOMAINS
 
 
-def this_device(memory_bytes: int | None = None) -> DeviceFacts:
+def this_device(
+    memory_bytes: int | None = None, check_memory: Callable[[Manifest], object] = lambda manifest: None
+) -> DeviceFacts:
     """Return what is installed here, without importing the runtime.
 
     Args:
         memory_bytes: Most memory that an engine may use, or None to leave the question to the trial.
+        check_memory: Raises ``MemoryBudgetError`` if no memory plan of a package fits this machine.
 
     Raises:
         IncompatiblePackageError: If onnxruntime is not installed.
@@ -46,7 +58,27 @@ def this_device(memory_bytes: int | None = None) -> DeviceFacts:
         onnxruntime_version = version("onnxruntime")
     except PackageNotFoundError as error:
         raise IncompatiblePackageError("onnxruntime is not installed", hint="pip install onnxruntime") from error
-    return DeviceFacts(__version__, onnxruntime_version, memory_bytes=memory_bytes)
+    return DeviceFacts(
+        __version__,
+        onnxruntime_version,
+        memory_bytes=memory_bytes,
+        architecture=platform.machine(),
+        cpu_features=read_cpu_features(),
+        check_memory=check_memory,
+    )
+
+
+def read_cpu_features(path: Path = Path("/proc/cpuinfo")) -> frozenset[str] | None:
+    """Return the processor's features as Linux names them (x86: ``flags``, Arm: ``Features``), or None."""
+    try:
+        text = path.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in {"flags", "Features"}:
+            return frozenset(value.split())
+    return None
 
 
 def check_compatible(manifest: Manifest, device: DeviceFacts) -> None:
@@ -67,6 +99,17 @@ def check_compatible(manifest: Manifest, device: DeviceFacts) -> None:
     ):
         if _numbers(present) < _numbers(needed):
             raise IncompatiblePackageError(f"{who} needs {what} {needed} or later, this device has {present}")
+    above = target.below_onnxruntime
+    if above is not None and _numbers(device.onnxruntime_version) >= _numbers(above):
+        raise IncompatiblePackageError(
+            f"{who} needs an onnxruntime below {above}, this device has {device.onnxruntime_version}"
+        )
+    if target.architectures and device.architecture not in target.architectures:
+        raise IncompatiblePackageError(
+            f"{who} runs on {', '.join(target.architectures)}, this device is {device.architecture}"
+        )
+    if device.cpu_features is not None and (lacking := sorted(set(target.cpu_features) - device.cpu_features)):
+        raise IncompatiblePackageError(f"{who} needs a processor with {', '.join(lacking)}, which this one lacks")
     if unknown := sorted(set(target.operator_domains) - device.operator_domains):
         raise IncompatiblePackageError(
             f"{who} uses the operator domain {unknown[0]!r}", hint="custom operators are never loaded"
@@ -77,6 +120,10 @@ def check_compatible(manifest: Manifest, device: DeviceFacts) -> None:
             f"{who} needs {needed_bytes} bytes of memory before its first token, {device.memory_bytes} are allowed",
             hint="raise engine.memory_budget_mb if the device has more, or build the package with fewer bits",
         )
+    try:
+        device.check_memory(manifest)
+    except MemoryBudgetError as error:
+        raise IncompatiblePackageError(error.message, hint=error.hint) from error
 
 
 def _numbers(text: str) -> tuple[int, ...]:

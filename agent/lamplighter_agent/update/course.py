@@ -149,7 +149,8 @@ class Course:
             f"trying {package.reference}",
             grace_s=_HOOK_GRACE_S,
         )
-        verdict = judge_trial(package.manifest, measurement, attempt.desired.policy.limits)
+        limits = (attempt.desired.policy.limits, self._options.limits)
+        verdict = judge_trial(package.manifest, measurement, *limits)
         if not verdict.passed:
             raise TrialFailedError(f"{package.reference}: {verdict.code}: {verdict.message}", detail=verdict.code)
         self._activate(attempt, package.reference, before)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lamplighter_agent.package.limits import TrialLimits
 from lamplighter_agent.package.manifest import Manifest
 from lamplighter_agent.update.deadlines import StateDeadlines
 from lamplighter_agent.update.downloader import DownloadOptions
@@ -45,6 +46,7 @@ class UpdateOptions:
         keep_packages: Installed packages kept besides the one in use; the previous one is always among them.
         progress_interval_s: Time between two progress reports.
         deadlines: Longest time of each state.
+        limits: What this device asks of every package, besides what the manifest and the request ask.
         window: Time of day in which a package may be tried and activated, or None for any time.
     """
 
@@ -53,4 +55,5 @@ class UpdateOptions:
     keep_packages: int = 1
     progress_interval_s: float = 1.0
     deadlines: StateDeadlines = field(default_factory=StateDeadlines)
+    limits: TrialLimits = field(default_factory=TrialLimits)
     window: str | None = None

@@ -10,6 +10,7 @@ from lamplighter_agent.package.durable import storage_errors
 from lamplighter_agent.package.hashing import verify_file
 from lamplighter_agent.package.layout import MANIFEST_NAME
 from lamplighter_agent.package.manifest import Manifest, read_manifest
+from lamplighter_agent.package.onnx_scan import KNOWN_DOMAINS, check_graph
 from lamplighter_agent.update.states import PackageRef
 
 
@@ -35,13 +36,16 @@ def verify_package(directory: Path) -> Manifest:
         ManifestError: If the manifest is missing or not valid, or a file is not listed in it.
         MissingFileError: If a listed file is not there.
         HashMismatchError: If a file is not as listed.
+        GraphError: If the graph asks for something that no package may ask for.
         StoreError: If the disk fails.
     """
     with storage_errors(f"reading {directory}"):
         manifest = read_manifest(directory)
         for entry in manifest.files:
             verify_file(directory / entry.name, entry)
-        listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
+        names = frozenset(entry.name for entry in manifest.files)
+        check_graph(directory / manifest.file("model").name, KNOWN_DOMAINS, names)
+        listed = {MANIFEST_NAME, *names}
         for path in sorted(directory.iterdir()):
             if path.name not in listed:
                 raise ManifestError(f"{path}: the manifest does not list this file")

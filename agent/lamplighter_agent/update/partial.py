@@ -67,6 +67,8 @@ class PartialFile:
         self._offset = 0
         self._verified = 0
         with storage_errors(f"opening {path}"):
+            if path.is_file() and path.stat(follow_symlinks=False).st_nlink > 1:
+                path.unlink()  # a second name of some other file, which must not be written to
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._stream = os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0)
         try:

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from lamplighter_agent.errors import ManifestError
 from lamplighter_agent.package.layout import check_name
+from lamplighter_agent.package.limits import TrialLimits as TrialLimits
 from lamplighter_agent.update.window import WindowText
 
 
@@ -75,22 +76,6 @@ class PackageRef(msgspec.Struct, frozen=True, order=True):
         if not slash:
             raise ManifestError(f"package reference {text[:200]!r} is not 'name/version'")
         return cls(name, version)
-
-
-class TrialLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the operator asks of a package on this device; None asks nothing.
-
-    Attributes:
-        min_generated_tokens_per_s: Lowest decode speed.
-        max_first_token_s: Longest time to the first token of a self-test prompt.
-        max_load_s: Longest time until the engine is ready.
-        max_peak_rss_bytes: Most memory that the engine process may have used.
-    """
-
-    min_generated_tokens_per_s: Annotated[float, Meta(gt=0)] | None = None
-    max_first_token_s: Annotated[float, Meta(gt=0)] | None = None
-    max_load_s: Annotated[float, Meta(gt=0)] | None = None
-    max_peak_rss_bytes: Annotated[int, Meta(gt=0)] | None = None
 
 
 class UpdatePolicy(msgspec.Struct, frozen=True, kw_only=True):

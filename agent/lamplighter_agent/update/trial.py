@@ -48,10 +48,10 @@ class TrialVerdict(NamedTuple):
         return self.code == "passed"
 
 
-def judge_trial(manifest: Manifest, measurement: TrialMeasurement, limits: TrialLimits) -> TrialVerdict:
-    """Judge a trial: the self-tests first, then the operator's limits; the first failure decides.
+def judge_trial(manifest: Manifest, measurement: TrialMeasurement, *limits: TrialLimits) -> TrialVerdict:
+    """Judge a trial: the self-tests first, then the limits of the manifest and of each operator.
 
-    A value that a limit needs but the trial could not measure fails that limit.
+    The first failure decides. A value that a limit needs but the trial could not measure fails that limit.
     """
     if len(measurement.self_test_tokens) != len(manifest.self_tests):
         return TrialVerdict(
@@ -66,6 +66,14 @@ def judge_trial(manifest: Manifest, measurement: TrialMeasurement, limits: Trial
                 f"self-test {number}: {matching} leading tokens are as expected, at least "
                 f"{test.min_matching_tokens} of {len(test.expected_tokens)} must be",
             )
+    for each in (manifest.trial_limits, *limits):
+        verdict = _judge_limits(measurement, each)
+        if not verdict.passed:
+            return verdict
+    return TrialVerdict("passed", f"{len(manifest.self_tests)} self-tests passed")
+
+
+def _judge_limits(measurement: TrialMeasurement, limits: TrialLimits) -> TrialVerdict:
     for code, what, value, most in (
         ("load_slow", "s to load", measurement.load_s, limits.max_load_s),
         ("first_token_slow", "s to the first token", measurement.first_token_s, limits.max_first_token_s),
@@ -76,7 +84,7 @@ def judge_trial(manifest: Manifest, measurement: TrialMeasurement, limits: Trial
     least, speed = limits.min_generated_tokens_per_s, measurement.generated_tokens_per_s
     if least is not None and (speed is None or speed < least):
         return TrialVerdict("generation_slow", f"{_figure(speed)} tokens/s, at least {_figure(least)} asked for")
-    return TrialVerdict("passed", f"{len(manifest.self_tests)} self-tests passed")
+    return TrialVerdict("passed", "within the limits")
 
 
 def _matching(test: SelfTest, tokens: tuple[int, ...]) -> int:

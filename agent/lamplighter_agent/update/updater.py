@@ -347,7 +347,7 @@ class Updater:
             root=self._root,
             metadata_dir=self._store.metadata_dir,
             scratch_dir=self._store.staging_dir / "metadata",
-            not_before=state.clock_confirmed,
+            not_before=clock.judge_clock(self._plan.now(), state.clock_confirmed).passed,
         )
 
     def _current_reference(self) -> PackageRef | None:

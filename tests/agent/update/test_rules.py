@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from lamplighter_agent.errors import DiskFullError, IncompatiblePackageError, ManifestError
+from lamplighter_agent.errors import DiskFullError, IncompatiblePackageError, ManifestError, MemoryBudgetError
 from lamplighter_agent.package.durable import storage_errors
 from lamplighter_agent.package.manifest import Manifest
-from lamplighter_agent.update.compatibility import DeviceFacts, check_compatible
+from lamplighter_agent.update.compatibility import DeviceFacts, check_compatible, read_cpu_features
 from lamplighter_agent.update.journal import FailedVersion, Journal, JournalState
 from lamplighter_agent.update.states import Desired, PackageRef, TrialLimits
 from lamplighter_agent.update.trial import TrialMeasurement, judge_trial
@@ -25,7 +26,7 @@ def manifest(**changes: dict[str, Any] | list[Any]) -> Manifest:
         {"prompt_tokens": [2], "expected_tokens": [9], "min_matching_tokens": 0},
     ]
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     return msgspec.convert(tree, Manifest)
 
 
@@ -67,7 +68,20 @@ def test_trial_is_judged(measurement: TrialMeasurement, limits: TrialLimits, cod
     assert verdict.passed == (code == "passed")
 
 
-DEVICE = DeviceFacts(agent_version="0.3.0", onnxruntime_version="1.31.1", memory_bytes=5000)
+def test_limits_of_manifest_request_and_device_all_count() -> None:
+    slow = manifest(trial_limits={"min_generated_tokens_per_s": 30.0})
+    assert judge_trial(slow, measured(), TrialLimits(), TrialLimits()).code == "generation_slow"
+    assert judge_trial(manifest(), measured(), TrialLimits(), TrialLimits(max_load_s=1.0)).code == "load_slow"
+    assert judge_trial(manifest(), measured(), TrialLimits(max_load_s=3.0), TrialLimits()).passed
+
+
+DEVICE = DeviceFacts(
+    agent_version="0.3.0",
+    onnxruntime_version="1.31.1",
+    memory_bytes=5000,
+    architecture="aarch64",
+    cpu_features=frozenset({"asimd", "asimddp"}),
+)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +93,38 @@ DEVICE = DeviceFacts(agent_version="0.3.0", onnxruntime_version="1.31.1", memory
         {"target": {"min_agent": "0.3"}},
         {"target": {"operator_domains": {"": 21, "com.microsoft": 1}}},
         {"memory": {"weights_bytes": 4000, "prefill_scratch_bytes": 1000}},
+        {"target": {"below_onnxruntime": "1.32"}},
+        {"target": {"architectures": ["x86_64", "aarch64"], "cpu_features": ["asimddp"]}},
     ],
 )
 def test_compatible_package_is_accepted(changes: dict[str, Any]) -> None:
     check_compatible(manifest(**changes), DEVICE)
+
+
+def test_package_that_no_memory_plan_fits_is_refused() -> None:
+    def check(package: Manifest) -> None:
+        raise MemoryBudgetError(f"{package.reference} needs 7 bytes more")
+
+    with pytest.raises(IncompatiblePackageError, match="7 bytes more"):
+        check_compatible(manifest(), replace(DEVICE, check_memory=check))
+
+
+def test_unknown_processor_features_are_no_reason_to_refuse() -> None:
+    device = replace(DEVICE, cpu_features=None)
+    assert check_compatible(manifest(target={"cpu_features": ["avx512f"]}), device) is None  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(
+    ("text", "features"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 f16c\n", {"fpu", "avx2", "f16c"}),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", {"fp", "asimd"}),
+    ],
+)
+def test_processor_features_are_read_as_linux_names_them(tmp_path: Path, text: str, features: set[str]) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert read_cpu_features(tmp_path / "cpuinfo") == frozenset(features)
+    assert read_cpu_features(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize(
@@ -94,6 +136,9 @@ def test_compatible_package_is_accepted(changes: dict[str, Any]) -> None:
         ({"target": {"min_onnxruntime": "newest"}}, "newest"),
         ({"target": {"min_agent": "0.10.0"}}, r"0\.10\.0"),
         ({"target": {"operator_domains": {"my.ops": 1}}}, r"my\.ops"),
+        ({"target": {"below_onnxruntime": "1.31.1"}}, r"below 1\.31\.1"),
+        ({"target": {"architectures": ["x86_64"]}}, "this device is aarch64"),
+        ({"target": {"cpu_features": ["asimd", "i8mm"]}}, "i8mm"),
         ({"memory": {"weights_bytes": 4001, "prefill_scratch_bytes": 1000}}, "5001"),
     ],
 )
