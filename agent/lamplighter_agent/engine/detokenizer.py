@@ -92,17 +92,19 @@ class StopStrings:
 
     Args:
         stops: Texts that end the stream; they and what follows are never let through.
+        held: Text that came before and was not let through yet.
     """
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, held: str = "") -> None:
         self._stops = stops
-        self._held = ""
+        self._held = held
 
     def push(self, text: str) -> tuple[str, bool]:
         """Add text; return what may be shown, and True if a stop string was met and the stream is over."""
-        if not self._stops:
-            return text, False
         held = self._held + text
+        if not self._stops:
+            self._held = ""
+            return held, False
         position, found = min(
             ((held.find(stop), stop) for stop in self._stops if stop in held),
             default=(-1, None),

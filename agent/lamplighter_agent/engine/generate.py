@@ -21,8 +21,9 @@ import msgspec
 from lamplighter_agent.engine.cache_graph import cache_scales
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.live import LiveSequence
 from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
-from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.options import MIN_CONTEXT_TOKENS, EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.pinned import pinned_tokens, warm
 from lamplighter_agent.engine.prefix_cache import PrefixCache
@@ -30,11 +31,12 @@ from lamplighter_agent.engine.prefix_files import PrefixFiles
 from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
 from lamplighter_agent.engine.rotation import key_rotations
 from lamplighter_agent.engine.runner import ModelRunner
+from lamplighter_agent.engine.sampling import Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
 from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError, RequestError
-from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
 from lamplighter_agent.package.layout import MODEL_NAME
 from lamplighter_agent.package.manifest import CacheDtype, Manifest, read_manifest
 
@@ -197,14 +199,74 @@ class Engine:
         messages = [item for item in prompt if isinstance(item, ChatMessage)]
         if not messages:
             return [item for item in prompt if isinstance(item, int)]
-        if self.manifest.chat_format is None:
-            raise RequestError(
-                f"{self.manifest.reference} has no chat format", param="messages", hint="send a plain prompt"
-            )
-        return self.tokenizer.encode_segments(self.manifest.chat_format.render(messages))
+        return self.tokenizer.encode_segments(self._chat_format().render(messages))
 
-    def generate(self, prompt: Prompt, params: GenerationParams | None = None) -> Iterator[Token]:
+    def apply_chat_format(self, messages: list[ChatMessage]) -> str:
+        """Return a conversation as the model reads it, with the beginning of an answer.
+
+        Raises:
+            RequestError: If the package has no chat format, or the messages do not suit it.
+        """
+        return "".join(segment.text for segment in self._chat_format().render(messages))
+
+    def open(
+        self,
+        prompt: Prompt | None = None,
+        params: GenerationParams | None = None,
+        *,
+        max_context_tokens: int | None = None,
+        scorer: Scorer | None = None,
+    ) -> LiveSequence:
+        """Open a text that the caller drives token by token; see ``live.LiveSequence``.
+
+        Args:
+            prompt: What it begins with, as for ``generate``.
+            params: Options.
+            max_context_tokens: Most tokens; None: this slot's share of the memory plan.
+            scorer: Sees the tokens so far, int64 [n], and the logits, float32 [vocab_size], and changes them in place
+                or returns others.
+
+        Raises:
+            RequestError: If an option is out of range or no slot is free.
+            ContextOverflowError: If the prompt does not fit.
+        """
+        most = self.plan.max_context_tokens
+        capacity = (
+            min(most, self.plan.kv_tokens // self.plan.slots) if max_context_tokens is None else max_context_tokens
+        )
+        if not MIN_CONTEXT_TOKENS <= capacity <= most:
+            raise RequestError(
+                f"max_context_tokens is {capacity}, but must be {MIN_CONTEXT_TOKENS} to {most}",
+                param="max_context_tokens",
+            )
+        live = LiveSequence(
+            self.scheduler,
+            self.tokenizer,
+            self.manifest.chat_format,
+            (GenerationParams() if params is None else params),
+            capacity=capacity,
+            scorer=scorer,
+        )
+        try:
+            messages = [item for item in prompt or () if isinstance(item, ChatMessage)]
+            if messages:
+                live.append_messages(messages)
+            elif prompt is not None:
+                live.append(self.encode_prompt(prompt))
+        except RequestError:
+            live.close()
+            raise
+        return live
+
+    def generate(
+        self, prompt: Prompt, params: GenerationParams | None = None, *, scorer: Scorer | None = None
+    ) -> Iterator[Token]:
         """Generate; the last item has ``finished`` set. Several generations may be iterated by turns.
+
+        Args:
+            prompt: Text, messages or tokens, see ``encode_prompt``.
+            params: Options; None: the package's own.
+            scorer: As for ``open``.
 
         Raises:
             RequestError: If an option is out of range.
@@ -212,7 +274,8 @@ class Engine:
             EngineError: If the model fails.
         """
         request_id = f"generate-{next(self._numbers)}"
-        self.scheduler.submit(request_id, self.encode_prompt(prompt), GenerationParams() if params is None else params)
+        params = GenerationParams() if params is None else params
+        self.scheduler.submit(request_id, self.encode_prompt(prompt), params, scorer=scorer)
         self._inboxes[request_id] = deque()
         return self._iterate(request_id)
 
@@ -245,6 +308,13 @@ class Engine:
         warm(self.prefixes, self.runner, sequences, chunk_tokens=self.plan.prefill_chunk_tokens)
         if self._prefix_files is not None:
             self._prefix_files.save(self.prefixes)
+
+    def _chat_format(self) -> ChatFormat:
+        if self.manifest.chat_format is None:
+            raise RequestError(
+                f"{self.manifest.reference} has no chat format", param="messages", hint="send a plain prompt"
+            )
+        return self.manifest.chat_format
 
     def _iterate(self, request_id: str) -> Iterator[Token]:
         inbox = self._inboxes[request_id]

@@ -119,6 +119,18 @@ class Intake:
             )
         return self._guides.guide(params)
 
+    def live_sampler(
+        self, history: History, params: GenerationParams, *, limit: int, scorer: Scorer | None = None
+    ) -> Sampler:
+        """Return a sampler for options as a caller gives them.
+
+        Raises:
+            RequestError: As ``sequence``.
+        """
+        params.validate()
+        params.check_vocabulary(self.vocab_size)
+        return self.sampler(history, params.with_defaults(self._defaults), limit=limit, scorer=scorer)
+
     def first_tokens(self, sequence: Sequence) -> int:
         """Return the cache tokens that a request reserves at its start, for all of its answers."""
         request = sequence.request

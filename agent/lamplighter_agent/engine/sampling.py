@@ -82,7 +82,7 @@ class Sampler:
     Attributes:
         stop_ids: As given.
         history: As given.
-        params: As given last.
+        params: As given.
         processors: The rules that the options ask for.
     """
 
@@ -106,18 +106,39 @@ class Sampler:
         self._constraint = hooks.constraint
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._forced: deque[int] = deque(self._words.prefix)
-        self.set_params(params)
-
-    def set_params(self, params: GenerationParams) -> None:
-        """Take other options from the next token on; the options that are texts stay as they were."""
         self.params = params
         self.processors = make_processors(
-            params, stop_ids=self.stop_ids, banned=self._words.banned, is_breaker=self._words.is_breaker
+            params, stop_ids=stop_ids, banned=self._words.banned, is_breaker=self._words.is_breaker
         )
 
-    def set_seed(self, seed: int) -> None:
-        """Start the random generator anew."""
-        self._random = np.random.Generator(np.random.PCG64(seed))
+    def draw_like(self, other: Sampler) -> None:
+        """Go on with another sampler's random generator."""
+        self._random = other._random
+
+    def follow(self, other: Sampler) -> None:
+        """Go on in another sampler's grammar."""
+        self._constraint = other._constraint
+
+    def accept(self, token_id: int) -> None:
+        """Add a token that somebody else chose.
+
+        Raises:
+            EngineError: If the grammar does not allow it.
+        """
+        self._forced.clear()
+        if self._constraint is not None and token_id not in self.stop_ids:
+            self._constraint.accept(token_id)
+        self.history.append(token_id)
+
+    def rewind(self, tokens: int) -> None:
+        """Go back in the grammar after the last ``tokens`` tokens were taken from the history.
+
+        Raises:
+            EngineError: If the grammar has not come that far.
+        """
+        self._forced.clear()
+        if self._constraint is not None and tokens:
+            self._constraint.rewind(tokens)
 
     def fork(self, seed: int) -> Sampler:
         """Return a sampler at the same place in the text with another seed."""

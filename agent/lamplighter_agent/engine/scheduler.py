@@ -24,12 +24,13 @@ from lamplighter_agent.engine.detokenizer import TextCodec
 from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.intake import EXTENSION_TOKENS, Intake
 from lamplighter_agent.engine.kv_cache import KVCache
+from lamplighter_agent.engine.loans import Loans
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.pace import ChunkPace
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
 from lamplighter_agent.engine.sampling import Scorer
-from lamplighter_agent.engine.sequence import BeamSequence, Sequence
+from lamplighter_agent.engine.sequence import BeamSequence, Sequence, chunk_length
 from lamplighter_agent.engine.speculation import WIDTHS, Speculator, StepCosts
 from lamplighter_agent.engine.truncation import Logits
 from lamplighter_agent.errors import EngineError, RequestError
@@ -104,6 +105,7 @@ class Scheduler:
         self._runner = runner
         self.intake = Intake(codec, defaults=defaults, plan=plan, vocab_size=vocab_size)
         self._plan = plan
+        self._loans = Loans(plan)
         self._vocab_size = vocab_size
         self._max_queued = max_queued_requests
         self._prefixes = prefixes
@@ -144,11 +146,50 @@ class Scheduler:
         sequence = self.intake.sequence(request_id, prompt_tokens, params, now=self._clock(), scorer=scorer)
         if self._find(request_id) is not None:
             raise RequestError(f"request {request_id!r} is already being served", code=409, param="id")
+        if sequence.width > self._loans.slots_left or self.intake.first_tokens(sequence) > self._loans.tokens_left:
+            raise RequestError("live sequences hold the slots that it needs", code=429, hint="close one first")
         if len(self._waiting) >= self._max_queued:
             raise RequestError(
                 f"{len(self._waiting)} requests are already waiting", code=429, retry_after_s=_RETRY_AFTER_S
             )
         self._waiting.append(sequence)
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache, of which slots can be lent."""
+        return self._runner.cache
+
+    def lend_slot(self, tokens: int) -> int:
+        """Lend a slot with room for ``tokens`` tokens to a caller that computes in it.
+
+        Raises:
+            RequestError: If there is none, or not that much room (429).
+        """
+        slot = self._loans.lend(tokens, slots_held=self._held_slots, tokens_held=self._reserved)
+        self.cache.plan(slot, tokens)
+        return slot
+
+    def compute_lent(self, slot: int, tokens: list[int]) -> Logits:
+        """Compute what a lent slot lacks of ``tokens``; return the logits behind the last one.
+
+        Raises:
+            EngineError: If the model fails; what was computed stays.
+        """
+        logits: Logits | None = None
+        while (done := self.cache.offset(slot)) < len(tokens):
+            length = chunk_length(len(tokens) - done, self._plan.prefill_chunk_tokens)
+            logits = self._runner.prefill(slot, tokens[done : done + length])
+        assert logits is not None, "the slot holds the last token, whose logits are wanted"
+        return logits
+
+    def take_back_slot(self, slot: int) -> None:
+        """End a loan and empty the slot."""
+        self._loans.take_back(slot)
+        self.cache.release(slot)
+
+    @property
+    def _held_slots(self) -> int:
+        return sum(sequence.slots for sequence in self._slots)
 
     def cancel(self, request_id: str) -> None:
         """End a request now; its slot is free at once and ``step`` reports it. Unknown ids have ended before."""
@@ -185,9 +226,10 @@ class Scheduler:
         while self._waiting:
             sequence = self._waiting[0]
             # Slots and tokens of all answers are held from the start, so that branching cannot fail.
-            held = sum(other.slots for other in self._slots)
             wanted = self.intake.first_tokens(sequence)
-            if held + sequence.width > self._plan.slots or self._reserved + wanted > self._plan.kv_tokens:
+            if self._held_slots + sequence.width > self._loans.slots_left:
+                return
+            if self._reserved + wanted > self._loans.tokens_left:
                 return
             self._waiting.popleft()
             self._reserved += wanted
@@ -368,7 +410,7 @@ class Scheduler:
         if needed <= sequence.reserved:
             return True
         most = min(len(sequence.prompt) + sequence.limit, self._plan.max_context_tokens)
-        more = min(EXTENSION_TOKENS, most - sequence.reserved, self._plan.kv_tokens - self._reserved)
+        more = min(EXTENSION_TOKENS, most - sequence.reserved, self._loans.tokens_left - self._reserved)
         if more <= 0:
             return False
         sequence.reserved += more
