@@ -91,6 +91,8 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, base: Checkpoint, path: Path) -> None:
         self._base, self._adapter = base, path
         self.path = base.path
+        self.name = path.resolve().name
+        self.source = f"{base.source} + {self.name}"
         config_path, self._weights = path / _CONFIG_NAME, path / _WEIGHTS_NAME
         settings = Fields(read_json(config_path, hint="give the directory of a PEFT adapter"), str(config_path))
         _check_kind(settings)

@@ -304,7 +304,7 @@ def provenance(checkpoint: Checkpoint, options: BuildOptions, progress: Progress
         progress.advance(path.stat().st_size)
     tools = {name: installed_version(name) for name in _TOOLS}
     return Provenance(
-        source=checkpoint.path.name,
+        source=checkpoint.source,
         source_sha256=hashes,
         tools={"lamplighter-builder": __version__, "python": platform.python_version(), **tools},
         options={"precision": options.precision, "execution_provider": options.execution_provider},

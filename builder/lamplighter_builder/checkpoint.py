@@ -53,9 +53,19 @@ class TokenizerFiles:
 
 
 class Checkpoint(ABC):
-    """Weights, configuration and tokenizer of a model."""
+    """Weights, configuration and tokenizer of a model.
+
+    Attributes:
+        path: Where it lies, for messages.
+        name: What a package of it is named after.
+        source: Where it came from, for the provenance.
+        config: Fields of ``config.json``.
+        generation_config: Fields of ``generation_config.json``.
+    """
 
     path: Path
+    name: str
+    source: str
     config: Fields
     generation_config: Fields
 
@@ -104,12 +114,19 @@ class Checkpoint(ABC):
 class HuggingFaceCheckpoint(Checkpoint):
     """A directory with ``config.json``, ``*.safetensors`` and ``tokenizer.json``.
 
+    Args:
+        path: The directory.
+        name: What it is called; None for the directory's name.
+        source: Where it came from; None for its name.
+
     Raises:
         CheckpointError: If a file is missing or damaged, or the weights are pickled.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, name: str | None = None, source: str | None = None) -> None:
         self.path = path
+        self.name = name or path.resolve().name
+        self.source = source or self.name
         self.config = Fields(read_json(path / "config.json"), str(path / "config.json"))
         generation = path / "generation_config.json"
         self.generation_config = Fields(read_json(generation) if generation.is_file() else {}, str(generation))

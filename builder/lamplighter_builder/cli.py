@@ -135,12 +135,11 @@ def run_build(arguments: argparse.Namespace) -> int:
     from lamplighter_builder.sources import default_name, open_checkpoint, read_chat_format
 
     checkpoint = open_checkpoint(arguments.model, arguments.cache, arguments.adapter)
-    named_after = checkpoint.path if arguments.adapter is None else arguments.adapter
     options = BuildOptions(
         output=arguments.output,
         precision=arguments.precision,
         execution_provider=arguments.execution_provider,
-        name=arguments.name or default_name(named_after, arguments.precision, arguments.execution_provider),
+        name=arguments.name or default_name(checkpoint.name, arguments.precision, arguments.execution_provider),
         version=arguments.package_version,
         licence=arguments.licence,
         chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),

@@ -55,13 +55,20 @@ class _Stored:
 class GgufCheckpoint(Checkpoint):
     """A GGUF file, or the first of a split one.
 
+    Args:
+        path: The file.
+        name: What it is called; None for the file's name.
+        source: Where it came from; None for the file's name.
+
     Raises:
         CheckpointError: If a file is damaged or missing, or a metadata field is missing.
         UnsupportedModelError: If the architecture or a tensor is unknown.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, name: str | None = None, source: str | None = None) -> None:
         self.path = path
+        self.name = name or _shard_stem(path.stem)
+        self.source = source or path.name
         self._files = _open_all(path)
         self._metadata = self._files[0].metadata
         name = self._metadata.text("general.architecture")
@@ -151,6 +158,12 @@ class GgufCheckpoint(Checkpoint):
             return _dequantize(_raw(tensor), tensor)
         except NotImplementedError as error:
             raise CheckpointError(f"{tensor.path}: a tensor is stored as {tensor.kind.name}: {error}") from error
+
+
+def _shard_stem(stem: str) -> str:
+    """Return a file's name without its ending and without its number in a split model."""
+    match = _SHARD.fullmatch(f"{stem}.gguf")
+    return stem if match is None else match[1]
 
 
 def _sampling(metadata: Fields) -> dict[str, object]:

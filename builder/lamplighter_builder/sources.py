@@ -13,9 +13,8 @@ from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_builder.adapter import AdaptedCheckpoint
 from lamplighter_builder.checkpoint import Checkpoint, HuggingFaceCheckpoint
 from lamplighter_builder.gguf import GgufCheckpoint
+from lamplighter_builder.hub import HubId, download
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
-_HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
 _QUANTIZATION_SUFFIX: Final = re.compile(r"[._-]((i?q\d+(_\w+)?)|f16|f32|bf16|fp16|fp32)$", re.IGNORECASE)
 
 
@@ -23,7 +22,7 @@ def open_checkpoint(model: str, cache: Path | None, adapter: Path | None = None)
     """Open what ``-m`` names, with the adapter that ``--adapter`` names.
 
     Args:
-        model: A directory, a GGUF file, or a hub id such as ``owner/name``.
+        model: A directory, a GGUF file, or a hub id; see ``hub.py``.
         cache: Directory for downloads, or None for the hub client's own.
         adapter: Directory of a LoRA adapter, or None.
 
@@ -45,14 +44,17 @@ def _open_model(model: str, cache: Path | None) -> Checkpoint:
         if path.suffix.lower() != ".gguf":
             raise CheckpointError(f"{path}: no GGUF file", hint="give a model directory or a file named *.gguf")
         return GgufCheckpoint(path)
-    if _HUB_ID.fullmatch(model) is None:
+    hub_id = HubId.parse(model)
+    if hub_id is None:
         raise ConfigError(f"{model}: no such file or directory, and no hub id either")
-    return HuggingFaceCheckpoint(_download(model, cache))
+    found = download(hub_id, cache)
+    if hub_id.file is None:
+        return HuggingFaceCheckpoint(found.path, name=hub_id.name, source=found.source)
+    return GgufCheckpoint(found.path, name=hub_id.name, source=found.source)
 
 
-def default_name(path: Path, precision: str, execution_provider: str = "cpu") -> str:
-    """Return a package name made from the checkpoint's file name, the precision and a provider other than the CPU."""
-    stem = path.resolve().stem if path.suffix.lower() == ".gguf" else path.resolve().name
+def default_name(stem: str, precision: str, execution_provider: str = "cpu") -> str:
+    """Return a package name made from the model's name, the precision and a provider other than the CPU."""
     stem = _QUANTIZATION_SUFFIX.sub("", stem)
     name = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-.")
     provider = "" if execution_provider == "cpu" else f"-{execution_provider}"
@@ -69,16 +71,3 @@ def read_chat_format(path: Path) -> ChatFormat:
         return msgspec.json.decode(path.read_bytes(), type=ChatFormat)
     except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
         raise ConfigError(f"{path}: no chat format: {error}") from error
-
-
-def _download(hub_id: str, cache: Path | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, cache_dir=cache, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{hub_id}: there is no such directory, and it cannot be downloaded from the hub: {error}",
-            hint="check the id and the network, or give the path of a model directory or GGUF file",
-        ) from error

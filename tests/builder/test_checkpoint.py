@@ -209,13 +209,13 @@ def test_what_m_names(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "name"),
+    ("stem", "name"),
     [
-        ("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct-int4"),
-        ("model-Q4_K_M.gguf", "model-int4"),
-        ("model.f16.gguf", "model-int4"),
+        ("SmolLM2-135M-Instruct.Q4_1", "smollm2-135m-instruct-int4"),
+        ("model-Q4_K_M", "model-int4"),
+        ("model.f16", "model-int4"),
         ("Phi 3 (mini)", "phi-3-mini-int4"),
     ],
 )
-def test_default_package_name(path: str, name: str) -> None:
-    assert default_name(Path(path), "int4") == name
+def test_default_package_name(stem: str, name: str) -> None:
+    assert default_name(stem, "int4") == name
