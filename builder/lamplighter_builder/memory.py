@@ -13,6 +13,9 @@ from lamplighter_builder.targets import GraphTarget
 
 PREFILL_CHUNK_TOKENS: Final = 512
 _FLOAT_BYTES: Final = 4
+_ROPE_ROWS: Final = 4096
+"""Rows of the rotary tables that are counted: tables are mapped, and rows of positions that no text reaches are never
+read. The agent's own limit for a context, if none is configured."""
 _MATRIX_RANK: Final = 3
 
 
@@ -32,6 +35,8 @@ def memory_needs(config: DecoderConfig, graph: Graph, target: GraphTarget) -> Me
 def _resident_bytes(weight: Weight, spec: TensorSpec, target: GraphTarget) -> int:
     """Return what one of a weight's initializers occupies once loaded."""
     stored = target.stored(weight, spec)
+    if weight.group == "rope":
+        return stored.nbytes // spec.shape[0] * min(spec.shape[0], _ROPE_ROWS)
     if target.provider != "cpu":
         return stored.nbytes
     if stored.nbytes == spec.nbytes:

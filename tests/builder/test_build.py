@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from lamplighter_agent.errors import BuildError, ChatTemplateError, ConfigError, DiskFullError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.package.hashing import verify_file
-from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_agent.package.manifest import Manifest, decode_manifest, read_manifest
 from lamplighter_builder import weight_file
 from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
@@ -211,3 +211,13 @@ def test_real_int4_package_knows_the_capital_of_france(smollm2_gguf: Path, tmp_p
     assert "What is the capital of France?" in tokenizer.decode(list(prompt))
     assert "Paris" in tokenizer.decode(list(answer))
     assert manifest.total_bytes < 90e6
+
+
+def test_rows_of_rotary_tables_that_no_text_reaches_are_not_counted(tmp_path: Path) -> None:
+    needs = []
+    for context in (4096, 65536):
+        shape = TinyShape(max_position_embeddings=context)
+        checkpoint = write_tiny_checkpoint(tmp_path / f"checkpoint-{context}", shape)
+        package = build_tiny_package(checkpoint, tmp_path / f"package-{context}", "fp32")
+        needs.append(read_manifest(package).memory.weights_bytes)
+    assert needs[0] == needs[1]
