@@ -6,28 +6,38 @@ import argparse
 import getpass
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, TextIO, get_args
 
 import msgspec
 
 import lamplighter_fleet.publishing_cli
 from lamplighter_agent import __version__
-from lamplighter_agent.errors import ConfigError, LamplighterError, PackageError
+from lamplighter_agent.errors import ConfigError, LamplighterError, PackageError, ServiceError
 from lamplighter_agent.package.chat_format import ChatMessage
-from lamplighter_agent.service.messages import CommandName, DeltaReply, FinalReply, PromptMessage, ReportedMessage
+from lamplighter_agent.service.messages import (
+    CommandMessage,
+    CommandName,
+    DeltaReply,
+    LogLevel,
+    PromptMessage,
+    ReportedMessage,
+)
 from lamplighter_agent.update.states import PackageRef, UpdatePolicy, UpdateState
 from lamplighter_fleet.arguments import add_command, first_line
-from lamplighter_fleet.broker import BrokerOptions, connect
-from lamplighter_fleet.commands import send_command
-from lamplighter_fleet.devices import Device, list_devices
+from lamplighter_fleet.broker import Broker, BrokerOptions, connect
+from lamplighter_fleet.commands import run_command, send_command
+from lamplighter_fleet.devices import FleetView, find_devices, list_devices
 from lamplighter_fleet.prompt import ask_device, ask_group
-from lamplighter_fleet.push import push
+from lamplighter_fleet.push import push_all, silence
+from lamplighter_fleet.terminal import Board, change_line, clock, device_table, outcome_line, report_line, summary
+from lamplighter_fleet.watch import follow
 
 _MIB = 1024 * 1024
 _INTERRUPTED = 130
-_DEVICE_LINE: Final = "{:20} {:8} {:40} {:12} {:>9} {:>12} {:>12}"
+_REDRAW_S: Final = 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,10 +62,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     lamplighter_fleet.publishing_cli.add_commands(commands)
     push_command = add_command(
-        commands, "push", push_package, "make a package the desired one of a device, follow the outcome"
+        commands, "push", push_package, "make a package the desired one of devices, and follow the outcome"
     )
     push_command.add_argument("reference", help="NAME/VERSION as published")
-    push_command.add_argument("--device", required=True, help="the device's id")
+    _add_target(push_command)
     push_command.add_argument("--timeout", type=float, default=600.0, metavar="S", help="give up after (default: 600)")
     push_command.add_argument("--retry-failed", action="store_true", help="try again a version that failed there")
     _add_policy(push_command)
@@ -80,8 +90,26 @@ def make_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--timeout", type=float, default=120.0, metavar="S", help="longest silence (default: 120)")
     _add_broker(prompt)
     devices = add_command(commands, "devices", show_devices, "list the devices and how they are")
+    devices.add_argument("--watch", action="store_true", help="keep the list up to date until Ctrl-C")
     _add_broker(devices)
+    watch = add_command(commands, "watch", watch_fleet, "follow updates and events until Ctrl-C")
+    watch.add_argument("--device", help="this device only")
+    watch.add_argument("--seconds", type=float, metavar="S", help="end after this long")
+    _add_broker(watch)
+    command = add_command(commands, "command", run_on_devices, "tell devices to do something once")
+    command.add_argument("name", choices=get_args(CommandName), metavar="NAME", help=", ".join(get_args(CommandName)))
+    command.add_argument("--level", choices=get_args(LogLevel), help="for set_log_level")
+    command.add_argument("--timeout", type=float, default=60.0, metavar="S", help="longest wait (default: 60)")
+    _add_target(command)
+    _add_broker(command)
     return parser
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    target = command.add_mutually_exclusive_group(required=True)
+    target.add_argument("--device", help="the device's id")
+    target.add_argument("--group", help="every device of this group")
+    target.add_argument("--all", action="store_true", help="every device that the broker knows")
 
 
 def _add_policy(command: argparse.ArgumentParser) -> None:
@@ -106,31 +134,45 @@ def _add_broker(command: argparse.ArgumentParser) -> None:
 
 
 def push_package(arguments: argparse.Namespace) -> int:
-    """Push a package to a device and wait for the outcome; fails if it did not become active.
+    """Push a package to devices and wait for the outcome; fails if it did not become active on each.
 
     Raises:
-        LamplighterError: If the broker or the device does not answer.
+        LamplighterError: If the broker does not answer or knows no such device.
     """
-    shown = _ReportLines(sys.stderr if arguments.json else sys.stdout)
+    reference, policy = PackageRef.parse(arguments.reference), _policy(arguments)
+    progress = _Progress(sys.stderr if arguments.json else sys.stdout)
     with connect(_broker(arguments)) as broker:
-        report = push(
+        outcomes = push_all(
             broker,
-            arguments.device,
-            PackageRef.parse(arguments.reference),
-            policy=_policy(arguments),
+            _targets(broker, arguments),
+            reference,
+            policy=policy,
             requested_by=getpass.getuser(),
             timeout_s=arguments.timeout,
-            progress=shown.show,
+            progress=progress.show,
         )
-    if arguments.json:
-        print(msgspec.json.encode(report).decode())
-    if report.state is UpdateState.ACTIVE:
+    if arguments.device is not None and not outcomes[0].ended:
+        raise ServiceError(silence(outcomes[0], arguments.timeout), hint="the wish stays: the device may follow it")
+    if arguments.json:  # one device: its report; several: a list of devices with their reports
+        told = outcomes if arguments.device is None else outcomes[0].report
+        print(msgspec.json.encode(told).decode())
+    active = [outcome for outcome in outcomes if outcome.report and outcome.report.state is UpdateState.ACTIVE]
+    if not arguments.json and (len(outcomes) > 1 or not active):
+        for outcome in outcomes:
+            print(outcome_line(outcome))
+        print(f"active on {len(active)} of {len(outcomes)}")
+    if len(active) == len(outcomes):
         return 0
-    if not arguments.json:
-        print(f"{arguments.device}: {report.reason}: {report.message}", file=sys.stderr)
-        if report.hint:
-            print(f"  {report.hint}", file=sys.stderr)
-    return PackageError.exit_code
+    silent = [outcome for outcome in outcomes if not outcome.ended]
+    for outcome in silent:
+        print(f"{silence(outcome, arguments.timeout)}; the wish stays", file=sys.stderr)
+    return ServiceError.exit_code if len(silent) == len(outcomes) - len(active) else PackageError.exit_code
+
+
+def _targets(broker: Broker, arguments: argparse.Namespace) -> list[str]:
+    if arguments.device is not None:
+        return [arguments.device]
+    return find_devices(broker, group=arguments.group)
 
 
 def roll_back(arguments: argparse.Namespace) -> int:
@@ -200,7 +242,7 @@ def ask(arguments: argparse.Namespace) -> int:
                 print(msgspec.json.encode(reply).decode())
             else:
                 print()
-                print(_summary(reply), file=sys.stderr)
+                print(summary(reply), file=sys.stderr)
     return 0
 
 
@@ -212,36 +254,103 @@ def show_devices(arguments: argparse.Namespace) -> int:
     """
     with connect(_broker(arguments)) as broker:
         devices = list_devices(broker)
-    if arguments.json:
-        print(msgspec.json.encode(devices).decode())
-        return 0
-    print(_DEVICE_LINE.format("DEVICE", "STATE", "PACKAGE", "UPDATE", "TOKENS/S", "FIRST TOKEN", "PEAK MEMORY"))
-    for device in devices:
-        print(_DEVICE_LINE.format(*_device_cells(device)))
+        if arguments.json:
+            print(msgspec.json.encode(devices).decode())
+            return 0
+        if not arguments.watch:
+            print("\n".join(device_table(devices, time.time())))
+            return 0
+        view = FleetView(broker.prefix, {device.id: device for device in devices})
+        board, drawn_s = Board(), 0.0
+        for _ in follow(broker, view):
+            if time.monotonic() - drawn_s >= _REDRAW_S:
+                drawn_s = time.monotonic()
+                table = device_table(sorted(view.devices.values(), key=lambda each: each.id), time.time())
+                print(board.draw([], table), end="", flush=True)
     return 0
 
 
-class _ReportLines:
-    """Shows an update's reports: one line a state, download progress within its line on a terminal."""
+def watch_fleet(arguments: argparse.Namespace) -> int:
+    """Print what devices tell; on a terminal updates at work stand below, with bars.
+
+    Raises:
+        LamplighterError: If the broker does not answer.
+    """
+    progress = _Progress(sys.stdout)
+    with connect(_broker(arguments)) as broker:
+        view = FleetView(broker.prefix)
+        for change in follow(broker, view, device_id=arguments.device, for_s=arguments.seconds):
+            if change is None:
+                continue
+            if arguments.json:
+                told = {"device": change.device.id, "kind": change.leaf, "stored": change.stored}
+                content = {change.leaf: msgspec.to_builtins(change.content)}
+                print(json.dumps({**told, **content}, ensure_ascii=False), flush=True)
+            elif change.leaf == "reported" and change.device.reported is not None:
+                progress.show(change.device.id, change.device.reported)
+            elif (line := change_line(change)) is not None:
+                progress.say(line)
+    return 0
+
+
+def run_on_devices(arguments: argparse.Namespace) -> int:
+    """Send a command to devices and print what each answers; fails if one refuses or is silent.
+
+    Raises:
+        LamplighterError: If the broker does not answer, or one device alone was asked and refused.
+    """
+    command = CommandMessage(command=arguments.name, level=arguments.level)
+    failed: LamplighterError | None = None
+    with connect(_broker(arguments)) as broker:
+        for device_id in _targets(broker, arguments):
+            try:
+                result = run_command(broker, device_id, command, timeout_s=arguments.timeout)
+            except LamplighterError as error:
+                failed = error
+                print(f"{device_id}: {error.diagnostics()}", file=sys.stderr)
+                continue
+            if arguments.json:
+                answer = {"device": device_id, "message": result.message, "data": result.data}
+                print(json.dumps(answer, ensure_ascii=False))
+            else:
+                print(f"{device_id}: {result.message}")
+                if result.data is not None:
+                    print(json.dumps(result.data, indent=2, ensure_ascii=False))
+    return 0 if failed is None else failed.exit_code
+
+
+class _Progress:
+    """Shows reports of many devices: bars that are redrawn on a terminal, one line a state elsewhere."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._state: UpdateState | None = None
+        self._board = Board()
+        self._lines: dict[str, str] = {}
+        self._states: dict[str, UpdateState] = {}
 
-    def show(self, report: ReportedMessage) -> None:
+    def show(self, device_id: str, report: ReportedMessage) -> None:
         """Show a report."""
-        redraw = self._stream.isatty() and report.state is self._state
-        if report.state is self._state and not redraw and not report.bytes_total:
-            return
-        line = f"{report.duration_s:7.2f} s  {report.state.value}"
-        if report.state is UpdateState.DOWNLOADING and report.bytes_total:
-            line += f" {report.bytes_done / _MIB:.1f} of {report.bytes_total / _MIB:.1f} MiB"
-        if redraw:
-            self._stream.write(f"\x1b[1A\r{line}\x1b[K\n")
+        line = f"{device_id:20} {report_line(report)}"
+        new = self._states.get(device_id) is not report.state
+        self._states[device_id] = report.state
+        if not self._stream.isatty():
+            if new:
+                self.say(line)
+        elif report.state.is_final:
+            self._lines.pop(device_id, None)
+            self.say(line)
         else:
-            self._stream.write(f"{line}\n")
+            self._lines[device_id] = line
+            self._draw([])
+
+    def say(self, line: str) -> None:
+        """Show a line that stays."""
+        self._draw([f"{clock()}  {line}"])
+
+    def _draw(self, above: list[str]) -> None:
+        board = [self._lines[device_id] for device_id in sorted(self._lines)]
+        self._stream.write(self._board.draw(above, board))
         self._stream.flush()
-        self._state = report.state
 
 
 def _broker(arguments: argparse.Namespace) -> BrokerOptions:
@@ -255,28 +364,3 @@ def _broker(arguments: argparse.Namespace) -> BrokerOptions:
         cert_file=arguments.cert_file,
         key_file=arguments.key_file,
     )
-
-
-def _summary(reply: FinalReply) -> str:
-    usage, timings = reply.usage, reply.timings
-    return (
-        f"[{reply.model} on {reply.device}: {usage.prompt_tokens} + {usage.generated_tokens} tokens, first after "
-        f"{timings.first_token_s:.3f} s, {timings.generated_tokens_per_s:.1f} tokens/s, {reply.finish_reason}]"
-    )
-
-
-def _device_cells(device: Device) -> tuple[str, ...]:
-    sample = device.telemetry
-    return (
-        device.id,
-        "online" if device.online else "offline",
-        (device.status.package if device.status else None) or "-",
-        device.reported.state.value if device.reported else "-",
-        _figure(sample.generated_tokens_per_s if sample else None, "{:.1f}"),
-        _figure(sample.time_to_first_token_s if sample else None, "{:.3f} s"),
-        _figure(sample.worker_peak_rss_bytes if sample else None, "{:.0f} MiB", _MIB),
-    )
-
-
-def _figure(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "-" if value is None else form.format(value / unit)

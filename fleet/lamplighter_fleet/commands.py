@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 
+import msgspec
+
 from lamplighter_agent.errors import RequestError, ServiceError
 from lamplighter_agent.service.messages import (
     CommandMessage,
@@ -18,7 +20,18 @@ from lamplighter_fleet.broker import Broker
 
 
 def send_command(broker: Broker, device_id: str, command: CommandName, *, timeout_s: float = 60.0) -> str:
-    """Send a command and return the device's sentence about what it did. It expires with the time to wait.
+    """Send a command and return the device's sentence about what it did; see `run_command`."""
+    return run_command(broker, device_id, CommandMessage(command=command), timeout_s=timeout_s).message
+
+
+def run_command(broker: Broker, device_id: str, command: CommandMessage, *, timeout_s: float = 60.0) -> ResultReply:
+    """Send a command and return the device's answer. It expires with the time to wait.
+
+    Args:
+        broker: The connection.
+        device_id: The device.
+        command: What; ``id`` and ``reply_to`` are set here.
+        timeout_s: Longest wait for the answer.
 
     Raises:
         RequestError: If the device refuses; or if the id cannot be a topic level.
@@ -28,7 +41,7 @@ def send_command(broker: Broker, device_id: str, command: CommandName, *, timeou
     request_id = uuid.uuid4().hex
     reply_to = f"{broker.reply_topic}/{request_id}"
     broker.subscribe(reply_to)
-    message = CommandMessage(command=command, id=request_id, reply_to=reply_to)
+    message = msgspec.structs.replace(command, id=request_id, reply_to=reply_to)
     broker.publish(topics.device("command"), encode(message), expiry_s=max(1, int(timeout_s)))
     end = time.monotonic() + timeout_s
     while (answer := broker.read(end - time.monotonic())) is not None:
@@ -36,7 +49,7 @@ def send_command(broker: Broker, device_id: str, command: CommandName, *, timeou
             continue
         reply = decode_reply(answer.payload)
         if isinstance(reply, ResultReply):
-            return reply.message
+            return reply
         if isinstance(reply, ErrorReply):
             raise RequestError(reply.message, code=reply.code, retry_after_s=reply.retry_after_s, hint=reply.hint)
     raise ServiceError(

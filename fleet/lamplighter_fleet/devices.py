@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from lamplighter_agent.errors import RequestError
+from lamplighter_agent.errors import RequestError, ServiceError
 from lamplighter_agent.service.messages import (
     CommandMessage,
     EventMessage,
@@ -13,6 +13,7 @@ from lamplighter_agent.service.messages import (
     StatusMessage,
     TelemetryMessage,
     decode_from_device,
+    decode_telemetry,
     encode,
     parse_device_topic,
 )
@@ -74,6 +75,27 @@ class FleetView:
         return device
 
 
+def find_devices(broker: Broker, *, group: str | None = None) -> list[str]:
+    """Return the ids of the devices that ever said that they are there, sorted; those of one group, or all.
+
+    Raises:
+        ServiceError: If the broker refuses or does not answer, or knows no such device.
+    """
+    view = FleetView(broker.prefix)
+    broker.subscribe(f"{broker.prefix}/device/+/status")
+    for message in broker.read_until_marker(_STORED_TIMEOUT_S):
+        view.take(message.topic, message.payload)
+    found = sorted(
+        device.id
+        for device in view.devices.values()
+        if device.status is not None and (group is None or group in device.status.groups)
+    )
+    if not found:
+        which = "no device" if group is None else f"no device of the group {group!r}"
+        raise ServiceError(f"the broker knows {which}", hint="see lamplighter-fleet devices")
+    return found
+
+
 def list_devices(broker: Broker, *, wait_s: float = 5.0) -> list[Device]:
     """Return every device that the broker knows, sorted by id, with fresh telemetry of those that are online.
 
@@ -111,7 +133,10 @@ def _updated(device: Device, leaf: str, payload: bytes) -> Device | None:
         case "reported":
             return replace(device, reported=decode_from_device(payload, ReportedMessage))
         case "telemetry":
-            sample = decode_from_device(payload, TelemetryMessage)
+            samples = decode_telemetry(payload)
+            if not samples:
+                return None
+            sample = samples[-1]
             if device.telemetry is not None and sample.time_unix_s < device.telemetry.time_unix_s:
                 return None  # it waited on the device while this one was already here
             return replace(device, telemetry=sample)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import platform
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -14,12 +16,15 @@ from lamplighter_agent.errors import RequestError, ServiceError
 from lamplighter_agent.service.messages import FinalReply, PromptMessage, ReportedMessage
 from lamplighter_agent.update.states import PackageRef, TrialLimits, UpdatePolicy, UpdateState
 from lamplighter_fleet.broker import Broker, BrokerOptions, connect
+from lamplighter_fleet.cli import main
 from lamplighter_fleet.devices import FleetView, list_devices
 from lamplighter_fleet.keys import KeyDirectory, create_keys
 from lamplighter_fleet.prompt import ask_device, ask_group
 from lamplighter_fleet.publish import publish_package
 from lamplighter_fleet.push import push
 from lamplighter_fleet.repository import Repository
+from lamplighter_fleet.terminal import change_line
+from lamplighter_fleet.watch import follow
 from support.agents import AgentProcess, running_agent
 from support.broker import free_port, mosquitto_path, running_broker
 from support.package_server import PackageServer
@@ -194,3 +199,57 @@ def test_a_late_will_does_not_change_the_view() -> None:
     assert view.devices["a"].online
     assert view.take("p/device/a/status", b"\xff") is None
     assert view.take("q/device/a/status", b"{}") is None
+
+
+def test_push_to_a_group_watch_and_commands_by_the_command_line(
+    fleet: Fleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker = ["--port", str(fleet.options.port)]
+    assert main(["push", "tiny/1.0.0", "--group", "lobby", *broker, "--json"]) == 0
+    captured = capsys.readouterr()
+    (outcome,) = json.loads(captured.out)
+    assert (outcome["device"], outcome["report"]["state"]) == ("box1", "active")
+    assert "downloading" in captured.err
+
+    assert main(["push", "tiny/2.0.0", "--all", *broker]) == 0
+    assert "tiny/2.0.0 active" in capsys.readouterr().out
+
+    assert main(["push", "tiny/2.0.0", "--group", "nobody", *broker]) == 9
+    assert "no device of the group 'nobody'" in capsys.readouterr().err
+
+    assert main(["devices", *broker]) == 0
+    heading, row = capsys.readouterr().out.splitlines()
+    assert heading.split()[:3] == ["DEVICE", "STATE", "PACKAGE"]
+    assert row.split()[:5] == ["box1", "online", "tiny/2.0.0", "ready", "active"]
+
+    assert main(["command", "identify", "--all", *broker, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["architecture"] == platform.machine()
+    assert main(["command", "set_log_level", "--device", "box1", *broker]) == 8
+    assert "set_log_level" in capsys.readouterr().err
+
+    assert main(["watch", "--seconds", "0.5", *broker, "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {(each["device"], each["kind"], each["stored"]) for each in told} == {
+        ("box1", "status", True),
+        ("box1", "reported", True),
+    }
+
+
+def test_what_happens_is_followed_as_it_comes(fleet: Fleet) -> None:
+    view = FleetView(fleet.options.prefix)
+    with connect(fleet.options) as watching, connect(fleet.options) as pushing:
+        changes = follow(watching, view, device_id="box1", for_s=60)
+        stored = next(changes)
+        assert stored is not None
+        assert (stored.leaf, stored.stored) == ("status", True)
+        push(pushing, "box1", PackageRef("tiny", "1.0.0"), timeout_s=60)
+        lines = []
+        for change in changes:
+            if change is not None and (line := change_line(change)) is not None:
+                lines.append(line)
+                if "tiny/1.0.0 active" in line:
+                    break
+        states = [line.split()[2].rstrip(",") for line in lines if line.split()[1] == "tiny/1.0.0"]
+        assert states[0] == "received"
+        assert states[-1] == "active"
+        assert any("engine_ready" in line for line in lines)

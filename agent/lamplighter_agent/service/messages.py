@@ -117,6 +117,7 @@ class StatusMessage(msgspec.Struct, frozen=True, kw_only=True):
             ``(boot, connection)`` is lower than one it has seen: a will may come late.
         agent: The agent's version.
         package: The active package as ``name/version``, or None.
+        groups: Groups whose prompts it answers.
         reason: Why it is offline: ``shutdown`` or ``connection_lost``. When online None, or ``safe_mode``.
     """
 
@@ -125,6 +126,7 @@ class StatusMessage(msgspec.Struct, frozen=True, kw_only=True):
     connection: int
     agent: str
     package: str | None = None
+    groups: tuple[str, ...] = ()
     reason: str | None = None
 
 

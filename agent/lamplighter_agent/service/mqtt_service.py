@@ -182,6 +182,7 @@ class MqttService:
                 connection=self.connection.connections,
                 agent=lamplighter_agent.__version__,
                 package=self._actions.package(),
+                groups=self._config.device.groups,
                 reason=reason,
             )
         )
@@ -193,6 +194,7 @@ class MqttService:
             boot=self._boot,
             connection=connection,
             agent=lamplighter_agent.__version__,
+            groups=self._config.device.groups,
             reason="connection_lost",
         )
         return Will(self._topics.device("status"), encode(status))
