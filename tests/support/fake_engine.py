@@ -48,6 +48,7 @@ class FakeEngine:
         self.package = package
         self.slots = slots
         self.max_context_tokens = CONTEXT_TOKENS
+        self.plan = None
         self._manifest = manifest
         self._requests: dict[str, _Request] = {}
         self._failing: list[str] = []
@@ -93,6 +94,9 @@ class FakeEngine:
     def cancel(self, request_id: str) -> None:
         if request_id in self._requests:
             self._requests[request_id].cancelled = True
+
+    def tend(self) -> None:
+        """Nothing to look after."""
 
     def step(self) -> list[Event]:
         return list(self._step())

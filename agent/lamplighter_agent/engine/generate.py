@@ -29,6 +29,7 @@ from lamplighter_agent.engine.pinned import pinned_tokens, warm
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.prefix_files import PrefixFiles
 from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
+from lamplighter_agent.engine.pressure import MemoryGuard
 from lamplighter_agent.engine.rotation import key_rotations
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.sampling import Scorer
@@ -85,6 +86,7 @@ class Engine:
         scheduler: Serves many requests at once.
         runner: The model and its cache.
         prefixes: The prefix cache.
+        guard: Gives memory up under pressure.
         prepared: True if the weights come from a prepared copy.
         threads: Compute threads.
     """
@@ -111,6 +113,7 @@ class Engine:
         self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
         source = None if self._prefix_files is None else self._prefix_files.recall
         self.prefixes = PrefixCache(cache.spec, max_bytes=plan.prefix_cache_bytes, source=source)
+        self.guard = MemoryGuard(self.prefixes)
         self.runner = ModelRunner(session, cache)
         self.scheduler = Scheduler(
             self.runner,
@@ -274,6 +277,7 @@ class Engine:
             EngineError: If the model fails.
         """
         request_id = f"generate-{next(self._numbers)}"
+        self.guard.admit()
         params = GenerationParams() if params is None else params
         self.scheduler.submit(request_id, self.encode_prompt(prompt), params, scorer=scorer)
         self._inboxes[request_id] = deque()

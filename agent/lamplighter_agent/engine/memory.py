@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 import msgspec
 import psutil
 
-from lamplighter_agent.engine.kv_cache import CacheSpec
+from lamplighter_agent.engine.cgroup import memory_levels, quota_cores
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.errors import IncompatiblePackageError, MemoryBudgetError
 from lamplighter_agent.package.manifest import CacheDtype, Manifest
@@ -39,9 +39,9 @@ DEFAULT_PREFIX_CACHE_BYTES: Final = 256 * MIB
 _PREFIX_CACHE_SHARE: Final = 4
 """The prefix cache takes this part of what is left for it and the KV cache, if nothing is configured."""
 
+_ELEMENT_BYTES: Final[dict[CacheDtype, int]] = {"float32": 4, "float16": 2, "int8": 1}
 _HEADROOM_SHARE: Final = 16
 _MIN_HEADROOM_BYTES: Final = 8 * MIB
-_V1_UNLIMITED: Final = 2**60
 
 
 class MachineMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,9 +154,9 @@ def read_machine_memory(root: Path = Path("/")) -> MachineMemory:
     """
     available = psutil.virtual_memory().available
     limit: int | None = None
-    for level_limit, used in _cgroup_levels(root):
-        limit = level_limit if limit is None else min(limit, level_limit)
-        available = min(available, max(level_limit - used, 0))
+    for level in memory_levels(root):
+        limit = level.limit_bytes if limit is None else min(limit, level.limit_bytes)
+        available = min(available, level.free_bytes)
     return MachineMemory(
         available_bytes=available, process_bytes=psutil.Process(os.getpid()).memory_info().rss, limit_bytes=limit
     )
@@ -192,10 +192,12 @@ def _choose_cache(manifest: Manifest, options: EngineOptions, free: int, *, smal
                 f"{manifest.reference} has no scales for an int8 cache", hint="build the package anew, or use float32"
             )
         dtypes = (options.kv_cache_dtype,)
+    model = manifest.model
+    features = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     good = smallest if options.max_context_tokens is not None else min(GOOD_CONTEXT_TOKENS, wanted)
     found = []
     for dtype in dtypes:
-        per_token = CacheSpec.from_model(manifest.model, dtype).bytes_per_token
+        per_token = features * _ELEMENT_BYTES[dtype]
         prefixes = _prefix_cache_bytes(options, free, smallest * per_token)
         found.append(_Cache(dtype, per_token, (free - prefixes) // per_token, prefixes))
         if found[-1].tokens >= good:
@@ -229,77 +231,3 @@ def _does_not_fit(
         f"(available {machine.available_bytes}, held by this process {machine.process_bytes}{limit})",
         hint="raise the memory budget, lower max_context_tokens, or use a smaller package",
     )
-
-
-def _cgroup_levels(root: Path) -> list[tuple[int, int]]:
-    """Return (limit, bytes in use that cannot be reclaimed) of every limited level of this process's cgroups."""
-    levels = []
-    for controllers, path in _cgroup_paths(root):
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        for directory in _directories(base, path):
-            limit, used = _read_count(directory / names[0]), _read_count(directory / names[1])
-            if limit is not None and limit < _V1_UNLIMITED and used is not None:
-                levels.append((limit, max(used - _read_stat(directory / "memory.stat", names[2]), 0)))
-    return levels
-
-
-def _cgroup_paths(root: Path) -> list[tuple[str, str]]:
-    """Return (controllers, path) of each line of ``/proc/self/cgroup``; controllers is empty for v2."""
-    lines = _read_text(root / "proc/self/cgroup").splitlines()
-    fields = [line.split(":", 2) for line in lines]
-    return [(field[1], field[2]) for field in fields if len(field) == 3]
-
-
-def _directories(base: Path, path: str) -> list[Path]:
-    """Return the existing directories from a cgroup up to its mount point.
-
-    Inside a container the path may be the host's, of which only the mount point exists.
-    """
-    parts = [part for part in path.split("/") if part not in ("", "..")]
-    candidates = [base.joinpath(*parts[:count]) for count in range(len(parts), -1, -1)]
-    return [directory for directory in candidates if directory.is_dir()]
-
-
-def quota_cores(root: Path) -> int | None:
-    """Return the whole cores that the tightest CPU quota allows, at least 1; None without a quota."""
-    quotas = []
-    for controllers, path in _cgroup_paths(root):
-        if controllers == "":
-            for directory in _directories(root / "sys/fs/cgroup", path):
-                fields = _read_text(directory / "cpu.max").split()
-                if len(fields) == 2 and fields[0].isdigit() and fields[1].isdigit():
-                    quotas.append(int(fields[0]) / int(fields[1]))
-        elif "cpu" in controllers.split(","):
-            for directory in _directories(root / "sys/fs/cgroup/cpu", path):
-                quota, period = (_read_count(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
-                if quota is not None and period:
-                    quotas.append(quota / period)
-    return max(1, int(min(quotas))) if quotas else None
-
-
-def _read_text(path: Path) -> str:
-    """Return a file's text; empty where the kernel, or a container, does not offer it."""
-    try:
-        return path.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return ""
-
-
-def _read_count(path: Path) -> int | None:
-    """Return the number in a file; None for ``max``, ``-1`` or a file that is not there."""
-    text = _read_text(path).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _read_stat(path: Path, key: str) -> int:
-    for line in _read_text(path).splitlines():
-        name, _, value = line.partition(" ")
-        if name == key and value.isdigit():
-            return int(value)
-    return 0

@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from lamplighter_agent.config import AgentConfig, EngineConfig
-from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.errors import LamplighterError, RequestError, StoreError
 from lamplighter_agent.package.durable import make_directory, storage_errors, write_file
 from lamplighter_agent.service.admission import RequestQueue
@@ -22,6 +21,7 @@ from lamplighter_agent.service.commands import Commands, Links
 from lamplighter_agent.service.diagnostics import LogMemory
 from lamplighter_agent.service.liveness import Liveness
 from lamplighter_agent.service.local_api import Facts, LocalApi
+from lamplighter_agent.service.memory_view import MemoryReport, engine_options, memory_report
 from lamplighter_agent.service.mqtt_service import Actions, MqttService
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.starts import FORGIVEN_AFTER_S, PREVIOUS_AFTER, StartCounter
@@ -318,7 +318,16 @@ def stop_on_signals() -> asyncio.Event:
 
 def facts_of(sampler: Sampler, runner: PackageRunner) -> Facts:
     """Return what the local API tells."""
-    return Facts(sampler.sample, lambda: runner.package, lambda: runner.state, lambda: runner.state == "ready")
+
+    def memory() -> MemoryReport | None:
+        worker = runner.worker
+        if worker is None or worker.ready is None:
+            return None
+        return memory_report(worker.ready.plan, worker.pid)
+
+    return Facts(
+        sampler.sample, lambda: runner.package, lambda: runner.state, lambda: runner.state == "ready", memory=memory
+    )
 
 
 def stopping() -> RequestError:
@@ -331,24 +340,11 @@ def _spec(config: AgentConfig, store: Store, engine: EngineModules) -> WorkerSpe
         package=Path(),
         prepared_root=store.prepared_dir,
         prefix_root=config.state_dir / PREFIXES_NAME,
-        options=_engine_options(config.engine),
+        options=engine_options(config.engine),
         engine=engine.load,
         start_timeout_s=config.engine.start_timeout_s,
         stall_timeout_s=config.engine.stall_timeout_s,
         log_level=config.log.numeric_level,
-    )
-
-
-def _engine_options(config: EngineConfig) -> EngineOptions:
-    return EngineOptions(
-        memory_budget_bytes=None if config.memory_budget_mb is None else config.memory_budget_mb * _MIB,
-        max_context_tokens=config.max_context_tokens,
-        slots=config.slots,
-        threads=config.threads,
-        kv_cache_dtype=config.kv_cache_dtype,
-        prefix_cache_bytes=None if config.prefix_cache_mb is None else config.prefix_cache_mb * _MIB,
-        prefix_disk_bytes=config.prefix_disk_mb * _MIB,
-        pinned_prompts=config.pinned_prompts,
     )
 
 

@@ -20,11 +20,11 @@ import msgspec
 
 from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.engine.memory import physical_cores, plan_memory, read_machine_memory
-from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.errors import ConfigError, LamplighterError, MemoryBudgetError, ServiceError
 from lamplighter_agent.service.certificates import valid_until
 from lamplighter_agent.service.credentials import secret_path
 from lamplighter_agent.service.local_client import read_status
+from lamplighter_agent.service.memory_view import engine_options, plan_text
 from lamplighter_agent.service.mqtt import MqttConnection
 from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Subscription, Will
 from lamplighter_agent.service.topics import Topics
@@ -158,12 +158,7 @@ class Doctor:
             return
         Store(self._config.state_dir, reserve_bytes=0).verify(current)
         yield _ok("package", f"{current.reference}: every file is as its manifest says")
-        engine = self._config.engine
-        options = EngineOptions(
-            memory_budget_bytes=None if engine.memory_budget_mb is None else engine.memory_budget_mb * _MIB,
-            max_context_tokens=engine.max_context_tokens,
-            slots=engine.slots,
-        )
+        options = engine_options(self._config.engine)
         if (worker := self._worker_rss()) is not None:  # what the running engine holds is there for the plan
             machine = msgspec.structs.replace(machine, available_bytes=machine.available_bytes + worker)
         try:
@@ -176,8 +171,8 @@ class Doctor:
             check="memory",
             level="ok",
             message=(
-                f"{memory}; the plan: {plan.total_bytes // _MIB} MiB for {plan.slots} slots of "
-                f"{plan.max_context_tokens} tokens"
+                f"{memory}; the plan: {plan_text(plan)}"
+                + ("" if worker is None else f"; the engine holds {worker // _MIB} MiB now")
             ),
             advice=f"scripts/install limits {wanted_mb} bounds the service to what this plan needs",
         )

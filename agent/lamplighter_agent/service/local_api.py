@@ -27,6 +27,7 @@ from lamplighter_agent.service.admission import Answer, GenerationRequest, Reque
 from lamplighter_agent.service.credentials import read_token
 from lamplighter_agent.service.local_api_gate import Gate
 from lamplighter_agent.service.local_api_protocol import BoundedProtocol
+from lamplighter_agent.service.memory_view import MemoryReport
 from lamplighter_agent.service.messages import TelemetryMessage
 from lamplighter_agent.service.openai_answer import Answering
 from lamplighter_agent.service.openai_format import (
@@ -65,6 +66,7 @@ class Facts(NamedTuple):
         worker: Gives the state of the engine.
         identifies: True while the chat page shall show that this is the box that somebody looks for.
         ready: True when prompts are answered.
+        memory: Gives the engine's memory plan and use, or None.
     """
 
     sample: Callable[[], Awaitable[TelemetryMessage]]
@@ -72,6 +74,7 @@ class Facts(NamedTuple):
     worker: Callable[[], str]
     ready: Callable[[], bool]
     identifies: Callable[[], bool] = lambda: False
+    memory: Callable[[], MemoryReport | None] = lambda: None
 
 
 class LocalApi:
@@ -280,6 +283,7 @@ class LocalApi:
             "worker": self._facts.worker(),
             "package": self._facts.package(),
             "identify": self._facts.identifies(),
+            "memory": msgspec.to_builtins(self._facts.memory()),
         }
         return _json(state, status=200 if ready else 503)
 

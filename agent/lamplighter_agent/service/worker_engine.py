@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lamplighter_agent.engine.events import Event
 from lamplighter_agent.engine.generate import Engine
+from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.service.worker_messages import CacheUse, Load, Prompt
@@ -21,12 +22,14 @@ class PackageEngine:
         package: ``name/version``.
         slots: Requests generated at once.
         max_context_tokens: Prompt and generated tokens of one request together.
+        plan: The memory plan that it keeps to.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.package = engine.manifest.reference
         self.slots = engine.plan.slots
         self.max_context_tokens = engine.plan.max_context_tokens
+        self.plan: MemoryPlan | None = engine.plan
         self._engine = engine
 
     @property
@@ -55,6 +58,7 @@ class PackageEngine:
         Raises:
             RequestError: If it cannot be served.
         """
+        self._engine.guard.admit()
         self._engine.scheduler.submit(request_id, tokens, params)
 
     def cancel(self, request_id: str) -> None:
@@ -63,7 +67,12 @@ class PackageEngine:
 
     def step(self) -> list[Event]:
         """Do one step's work and return what came of it."""
+        self.tend()
         return self._engine.scheduler.step()
+
+    def tend(self) -> None:
+        """Give memory up if the machine is short of it."""
+        self._engine.guard.tend()
 
     def caches(self) -> CacheUse:
         """Return what the caches hold."""

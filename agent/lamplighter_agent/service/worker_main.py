@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lamplighter_agent.engine.events import Event as EngineEvent
+from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import EngineError, LamplighterError
 from lamplighter_agent.service.worker_messages import (
@@ -53,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ENGINE = "lamplighter_agent.service.worker_engine:load"
 _ALIVE_INTERVAL_S = 1.0
+_IDLE_TICK_S = 5.0
 _READ_BYTES = 64 * 1024
 
 
@@ -63,11 +65,13 @@ class ServedEngine(Protocol):
         package: ``name/version``.
         slots: Requests generated at once.
         max_context_tokens: Prompt and generated tokens of one request together.
+        plan: Its memory plan, or None.
     """
 
     package: str
     slots: int
     max_context_tokens: int
+    plan: MemoryPlan | None
 
     @property
     def idle(self) -> bool:
@@ -84,6 +88,9 @@ class ServedEngine(Protocol):
 
     def step(self) -> list[EngineEvent]:
         """Do one step's work and return what came of it."""
+
+    def tend(self) -> None:
+        """Look after what is not a request's: called between steps and, now and then, while there is no work."""
 
     def caches(self) -> CacheUse:
         """Return what the caches hold."""
@@ -152,6 +159,7 @@ class WorkerProcess:
                 load_s=time.monotonic() - begun,
                 slots=engine.slots,
                 max_context_tokens=engine.max_context_tokens,
+                plan=engine.plan,
                 rss_bytes=_memory("VmRSS"),
             )
         )
@@ -163,7 +171,9 @@ class WorkerProcess:
                 if isinstance(command, Shutdown):
                     return
                 self._handle(engine, command)
-            if not engine.idle:
+            if engine.idle:
+                engine.tend()
+            else:
                 for event in engine.step():
                     self._send(event)
                 if time.monotonic() - self._last_sent >= _ALIVE_INTERVAL_S:
@@ -207,7 +217,7 @@ class WorkerProcess:
     def _receive(self, *, wait: bool) -> list[Command]:
         """Return the commands that have arrived, waiting for input first if asked; sets ``_stop`` at the end."""
         commands: list[Command] = []
-        readable, _, _ = select.select([self._channel, self._wake_read], [], [], None if wait else 0)
+        readable, _, _ = select.select([self._channel, self._wake_read], [], [], _IDLE_TICK_S if wait else 0)
         if self._wake_read in readable:
             self._wake_read.recv(_READ_BYTES)
         if self._channel in readable:

@@ -12,6 +12,7 @@ from typing import Final, TypeAlias, TypeVar
 import msgspec
 
 from lamplighter_agent.engine.events import Failed, Finished, TextDelta
+from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import (
@@ -116,6 +117,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         slots: Requests generated at once.
         max_context_tokens: Prompt and generated tokens of one request together.
         rss_bytes: Resident memory now.
+        plan: The memory plan that the engine keeps to, or None.
     """
 
     package: str
@@ -123,6 +125,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slots: int
     max_context_tokens: int
     rss_bytes: int
+    plan: MemoryPlan | None = None
 
 
 class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -193,7 +193,8 @@ def test_a_graph_that_is_not_what_the_manifest_says_is_refused(tiny_package: Pat
     package = copy(tiny_package, tmp_path)
     manifest = read_manifest(package)
     model = msgspec.structs.replace(manifest.model, num_hidden_layers=manifest.model.num_hidden_layers + 1)
-    (package / MANIFEST_NAME).write_bytes(encode_manifest(msgspec.structs.replace(manifest, model=model)))
+    wrong = msgspec.structs.replace(manifest, model=model, cache_scales=None)
+    (package / MANIFEST_NAME).write_bytes(encode_manifest(wrong))
     with pytest.raises(IncompatiblePackageError, match=r"no input 'past_key_values\.2\.key'"):
         Engine.load(package, options=OPTIONS)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from lamplighter_agent.engine import memory
+from lamplighter_agent.engine import cgroup, memory
 from lamplighter_agent.engine.memory import (
     MIB,
     RUNTIME_BYTES,
@@ -230,7 +230,7 @@ def test_without_cgroups_the_machine_alone_counts(tmp_path: Path) -> None:
     ids=["v2", "v2 without quota", "v1 less than a core", "v1 without quota"],
 )
 def test_cpu_quota_in_whole_cores(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
-    assert memory.quota_cores(write(tmp_path, files)) == cores
+    assert cgroup.quota_cores(write(tmp_path, files)) == cores
 
 
 def test_there_is_always_a_core() -> None:

@@ -120,7 +120,8 @@ def test_curl_works(api: ApiBox, socket_path: Path) -> None:
 def test_models_health_tokenize_status_and_metrics(http: httpx.Client, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["fake", "fake/1"]
     assert client.models.retrieve("fake/1").owned_by == "lamplighter"
-    assert http.get("/health").json() == {"status": "ok", "worker": "ready", "package": "fake/1", "identify": False}
+    health = {"status": "ok", "worker": "ready", "package": "fake/1", "identify": False, "memory": None}
+    assert http.get("/health").json() == health
     assert http.post("/tokenize", json={"prompt": "abc"}).json() == {"tokens": [97, 98, 99], "count": 3}
     http.post("/v1/completions", json={"prompt": "abc"})
     status = http.get("/status").json()
