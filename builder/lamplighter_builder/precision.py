@@ -52,8 +52,13 @@ def choose_parts(precision: PrecisionName, target: GraphTarget) -> Parts:
     if precision not in _SCHEMES:
         return float_parts()
     parts = quantized_parts(_SCHEMES[precision])
-    # DirectML has no kernel that looks rows of a quantized table up.
-    return dataclasses.replace(parts, embedding=FloatEmbedding) if target.provider == "dml" else parts
+    if target.provider != "cpu":
+        # DirectML has no kernel for quantized experts, and CUDA's wants them in an order of its own.
+        parts = dataclasses.replace(parts, experts=FloatExperts())
+    if target.provider == "dml":
+        # Nor one that looks rows of a quantized table up.
+        parts = dataclasses.replace(parts, embedding=FloatEmbedding)
+    return parts
 
 
 def choose_target(precision: PrecisionName, provider: ExecutionProvider) -> GraphTarget:

@@ -30,7 +30,7 @@ from lamplighter_builder.graph import Array, TensorSpec, Weight
 
 _GPU_OPSET: Final = 21
 _GPU_IR_VERSION: Final = 10
-_MATRIX_GROUPS: Final = frozenset({"embedding", "head", "linear"})
+_MATRIX_GROUPS: Final = frozenset({"embedding", "experts", "head", "linear"})
 
 
 @dataclass(frozen=True, slots=True)
