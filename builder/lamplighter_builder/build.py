@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import hashlib
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import onnx
-from tokenizers import Tokenizer
 
-from lamplighter_agent.errors import BuildError, CheckpointError, ConfigError, ManifestError, WeightMismatchError
+from lamplighter_agent.errors import BuildError, CheckpointError, ConfigError, WeightMismatchError
 from lamplighter_agent.package.chat_format import ChatFormat
-from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME, check_name
+from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
     CacheScales,
     ExecutionProvider,
-    GenerationDefaults,
     Manifest,
     MemoryNeeds,
     ModelFacts,
-    Provenance,
     SelfTest,
     Target,
 )
-from lamplighter_builder import __version__
 from lamplighter_builder.cache_scales import calibrate_cache
 from lamplighter_builder.chat_template import compile_chat_template
-from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
+from lamplighter_builder.checkpoint import Checkpoint
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
 from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
 from lamplighter_builder.graph_check import check_graph
 from lamplighter_builder.licence import spdx_licence
-from lamplighter_builder.memory import memory_needs
+from lamplighter_builder.manifest_parts import (
+    check_reference,
+    generation_defaults,
+    load_tokenizer,
+    operator_domains,
+    provenance,
+)
+from lamplighter_builder.memory import memory_needs, resident_weights
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.precision import PrecisionName, choose_parts, choose_target, describe_precision
 from lamplighter_builder.progress import Progress
@@ -48,7 +48,6 @@ from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weight_file import WeightFile
 
 _FOREIGN_RUN_BYTES: Final = 1 << 30
-_TOOLS: Final = ("numpy", "onnx", "onnxruntime", "tokenizers", "gguf", "jinja2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +81,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         ConfigError: If the output directory is not empty, or the licence is unknown.
         DiskFullError: If the disk is full.
     """
-    check_reference(options)
+    check_reference(options.name, options.version)
     licence = options.licence or spdx_licence(checkpoint.licence)
     if licence is None:
         raise ConfigError(
@@ -96,7 +95,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
     tokenizer_files = checkpoint.tokenizer()
     tokenizer = load_tokenizer(tokenizer_files, model.config.vocab_size)
-    generation = generation_defaults(checkpoint, tokenizer)
+    generation = generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer)
     chat_format = options.chat_format
     if chat_format is None and tokenizer_files.chat_template is not None:
         chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)
@@ -112,7 +111,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             ),
         )
         writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation, target, written.graph))
-        memory = memory_needs(model.config, graph, target)
+        memory = memory_needs(facts, resident_weights(graph, target), target)
         self_tests: tuple[SelfTest, ...] = ()
         scales: CacheScales | None = None
         if runs_here(target, memory):
@@ -143,23 +142,15 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             generation=generation,
             chat_format=chat_format,
             self_tests=self_tests,
-            provenance=provenance(checkpoint, options, progress),
+            provenance=provenance(
+                checkpoint.source,
+                checkpoint.files,
+                {"precision": options.precision, "execution_provider": options.execution_provider},
+                progress,
+            ),
         )
         writer.finish(manifest)
     return manifest
-
-
-def check_reference(options: BuildOptions) -> None:
-    """Check name and version before any work is done.
-
-    Raises:
-        ConfigError: If one of them is not allowed.
-    """
-    try:
-        check_name(options.name, "package name")
-        check_name(options.version, "package version")
-    except ManifestError as error:
-        raise ConfigError(error.message, hint=error.hint) from error
 
 
 def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
@@ -236,11 +227,6 @@ def write_graph(
     return model
 
 
-def operator_domains(model: onnx.ModelProto) -> dict[str, int]:
-    """Return the operator domains of a model and their versions, as the manifest names them."""
-    return {entry.domain or "ai.onnx": entry.version for entry in model.opset_import}
-
-
 def runs_here(target: GraphTarget, memory: MemoryNeeds) -> bool:
     """Tell whether the builder runs a package for its self-tests.
 
@@ -250,65 +236,10 @@ def runs_here(target: GraphTarget, memory: MemoryNeeds) -> bool:
     return target.provider == "cpu" or memory.weights_bytes <= _FOREIGN_RUN_BYTES
 
 
-def load_tokenizer(files: TokenizerFiles, vocab_size: int) -> Tokenizer:
-    """Load ``tokenizer.json`` and compare it with the embedding.
-
-    Raises:
-        CheckpointError: If it cannot be read, or has ids that the embedding lacks.
-    """
-    tokenizer = files.load()
-    highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if not 0 <= highest < vocab_size:
-        raise CheckpointError(f"{files.origin}: has ids up to {highest}, but the embedding has {vocab_size} rows")
-    return tokenizer
-
-
-def generation_defaults(checkpoint: Checkpoint, tokenizer: Tokenizer) -> GenerationDefaults:
-    """Read end tokens and sampling defaults.
-
-    Raises:
-        CheckpointError: If there is no end token, or a field is of another type.
-    """
-    generation, config = checkpoint.generation_config, checkpoint.config
-    eos = generation.token_ids("eos_token_id") or config.token_ids("eos_token_id")
-    if not eos:
-        raise CheckpointError(f"{checkpoint.path}: neither generation_config.json nor config.json has eos_token_id")
-    bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
-    pad = generation.token_ids("pad_token_id") or config.token_ids("pad_token_id")
-    return GenerationDefaults(
-        eos_token_ids=eos,
-        bos_token_id=bos[0] if bos else None,
-        pad_token_id=pad[0] if pad else None,
-        add_bos_token=bool(bos) and tokenizer.encode("a").ids[:1] == [bos[0]],
-        do_sample=generation.flag("do_sample", default=False),
-        temperature=generation.number("temperature", default=1.0),
-        top_k=generation.integer("top_k", default=0),
-        top_p=generation.number("top_p", default=1.0),
-        repetition_penalty=generation.number("repetition_penalty", default=1.0),
-    )
-
-
 def count_parameters(graph: Graph) -> int:
     """Count the checkpoint's weights that the graph uses, each once."""
     sources = {source.name: source.shape for weight in graph.weights for source in weight.sources}
     return sum(int(np.prod(shape, dtype=np.int64)) for shape in sources.values())
-
-
-def provenance(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Provenance:
-    """Return sources with their hashes, tools with their versions, and the options."""
-    progress.stage("source hashes", sum(path.stat().st_size for path in checkpoint.files))
-    hashes = {}
-    for path in checkpoint.files:
-        with path.open("rb") as stream:
-            hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        progress.advance(path.stat().st_size)
-    tools = {name: installed_version(name) for name in _TOOLS}
-    return Provenance(
-        source=checkpoint.source,
-        source_sha256=hashes,
-        tools={"lamplighter-builder": __version__, "python": platform.python_version(), **tools},
-        options={"precision": options.precision, "execution_provider": options.execution_provider},
-    )
 
 
 def _make_arrays(weight: Weight, checkpoint: Checkpoint) -> Sequence[Array]:

@@ -8,12 +8,15 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from lamplighter_agent.errors import LamplighterError
 from lamplighter_builder import __version__
+
+if TYPE_CHECKING:
+    from lamplighter_agent.package.manifest import Manifest
 
 PRECISIONS: Final = ("int4", "int8", "fp16", "fp32")
 PROVIDERS: Final = ("cpu", "cuda", "dml")
@@ -87,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_build(commands)
+    _add_import(commands)
     _add_inspect(commands)
     _add_evaluate(commands)
     return parser
@@ -106,6 +110,18 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.add_argument("--chat-format", type=Path, help="JSON file with a chat format, instead of the chat template")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
     build.set_defaults(run=run_build)
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    add = commands.add_parser("import", help="turn a model folder of onnxruntime-genai into a package")
+    add.add_argument("folder", type=Path, help="directory with genai_config.json")
+    add.add_argument("-o", "--output", required=True, type=Path, help="directory of the package, missing or empty")
+    add.add_argument("--name", help="package name; made from the folder's if not given")
+    add.add_argument("--version", dest="package_version", default="1.0.0", help="package version (default: 1.0.0)")
+    add.add_argument("--licence", help="SPDX expression; such a folder states none")
+    add.add_argument("--chat-format", type=Path, help="JSON file with a chat format, instead of the chat template")
+    add.add_argument("--json", action="store_true", help="print the result as JSON")
+    add.set_defaults(run=run_import)
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -144,11 +160,16 @@ def run_build(arguments: argparse.Namespace) -> int:
         licence=arguments.licence,
         chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),
     )
+    return _make_package(lambda progress: build_package(checkpoint, options, progress), arguments)
+
+
+def _make_package(work: Callable[[TerminalProgress], Manifest], arguments: argparse.Namespace) -> int:
+    """Run ``work`` under a shown progress and print what it made."""
     progress = TerminalProgress(sys.stderr)
     # A build that is told to end unwinds, so that it leaves nothing behind.
     previous = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
-        manifest = build_package(checkpoint, options, progress)
+        manifest = work(progress)
     finally:
         signal.signal(signal.SIGTERM, previous)
         progress.close()
@@ -158,6 +179,25 @@ def run_build(arguments: argparse.Namespace) -> int:
     else:
         print(f"{arguments.output}: package {manifest.reference}, {manifest.total_bytes / 1e6:.1f} MB")
     return 0
+
+
+def run_import(arguments: argparse.Namespace) -> int:
+    """Turn a model folder of onnxruntime-genai into a package.
+
+    Raises:
+        LamplighterError: If it cannot become one.
+    """
+    from lamplighter_builder.genai_import import ImportOptions, import_package
+    from lamplighter_builder.sources import package_name, read_chat_format
+
+    options = ImportOptions(
+        output=arguments.output,
+        name=arguments.name or package_name(arguments.folder.resolve().name),
+        version=arguments.package_version,
+        licence=arguments.licence,
+        chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),
+    )
+    return _make_package(lambda progress: import_package(arguments.folder, options, progress), arguments)
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:

@@ -6,9 +6,8 @@ from typing import Final
 
 import numpy as np
 
-from lamplighter_agent.package.manifest import CacheDtype, MemoryNeeds
+from lamplighter_agent.package.manifest import CacheDtype, MemoryNeeds, ModelFacts
 from lamplighter_builder.graph import Graph, TensorSpec, Weight
-from lamplighter_builder.models.decoder import DecoderConfig
 from lamplighter_builder.targets import GraphTarget
 
 PREFILL_CHUNK_TOKENS: Final = 512
@@ -19,17 +18,29 @@ read. The agent's own limit for a context, if none is configured."""
 _MATRIX_RANK: Final = 3
 
 
-def memory_needs(config: DecoderConfig, graph: Graph, target: GraphTarget) -> MemoryNeeds:
-    """Compute the needs of a graph on its target; for ``cuda`` and ``dml`` they are the device's memory."""
-    features = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    weights = sum(_resident_bytes(weight, spec, target) for weight in graph.weights for spec in weight.outputs)
-    aliases = graph.external().keys() - {spec.name for weight in graph.weights for spec in weight.outputs}
+def memory_needs(model: ModelFacts, weights_bytes: int, target: GraphTarget, *, head_rows: int = 1) -> MemoryNeeds:
+    """Compute the needs of a model on its target; for ``cuda`` and ``dml`` they are the device's memory.
+
+    Args:
+        model: Its sizes.
+        weights_bytes: What its weights occupy once loaded.
+        target: Where it runs.
+        head_rows: Rows of a prefill chunk that go through the head.
+    """
+    features = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     return MemoryNeeds(
-        weights_bytes=weights + sum(_packed_bytes(graph.external()[name]) for name in aliases),
+        weights_bytes=weights_bytes,
         kv_bytes_per_token=_cache_bytes(features, target),
-        prefill_scratch_bytes=_prefill_bytes(config, target.float_bytes),
+        prefill_scratch_bytes=_prefill_bytes(model, target.float_bytes, head_rows),
         prefill_chunk_tokens=PREFILL_CHUNK_TOKENS,
     )
+
+
+def resident_weights(graph: Graph, target: GraphTarget) -> int:
+    """Return the bytes of a graph's weights once loaded."""
+    weights = sum(_resident_bytes(weight, spec, target) for weight in graph.weights for spec in weight.outputs)
+    aliases = graph.external().keys() - {spec.name for weight in graph.weights for spec in weight.outputs}
+    return weights + sum(packed_bytes(graph.external()[name]) for name in aliases)
 
 
 def _resident_bytes(weight: Weight, spec: TensorSpec, target: GraphTarget) -> int:
@@ -40,12 +51,12 @@ def _resident_bytes(weight: Weight, spec: TensorSpec, target: GraphTarget) -> in
     if target.provider != "cpu":
         return stored.nbytes
     if stored.nbytes == spec.nbytes:
-        return _packed_bytes(spec)
+        return packed_bytes(spec)
     # Cast to float32 when loaded; a table that rows are looked up from also stays as it is stored.
     return spec.nbytes + (stored.nbytes if weight.group == "embedding" else 0)
 
 
-def _packed_bytes(spec: TensorSpec) -> int:
+def packed_bytes(spec: TensorSpec) -> int:
     """Return the bytes of an initializer as the CPU's kernels hold it.
 
     onnxruntime repacks the codes of ``MatMulNBits`` [N, blocks, bytes] with a copy of the scales and one float32 sum a
@@ -65,14 +76,14 @@ def _cache_bytes(features: int, target: GraphTarget) -> dict[CacheDtype, int]:
     return sizes
 
 
-def _prefill_bytes(config: DecoderConfig, float_bytes: int) -> int:
-    """Return the widest moment of a layer for one chunk, plus one row of logits.
+def _prefill_bytes(model: ModelFacts, float_bytes: int, head_rows: int) -> int:
+    """Return the widest moment of a layer for one chunk, plus the rows of logits.
 
     Alive at once: the residual stream and its normed copy, and either the projections around attention or gate and up
     (packed, then split) with their product.
     """
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    attention = (heads + config.num_attention_heads) * config.head_dim
-    mlp = 5 * config.intermediate_size
-    features = 2 * config.hidden_size + max(attention, mlp)
-    return float_bytes * (PREFILL_CHUNK_TOKENS * features + config.vocab_size)
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    attention = (heads + model.num_attention_heads) * model.head_dim
+    mlp = 5 * model.intermediate_size
+    features = 2 * model.hidden_size + max(attention, mlp)
+    return float_bytes * (PREFILL_CHUNK_TOKENS * features + head_rows * model.vocab_size)

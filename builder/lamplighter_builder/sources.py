@@ -55,10 +55,13 @@ def _open_model(model: str, cache: Path | None) -> Checkpoint:
 
 def default_name(stem: str, precision: str, execution_provider: str = "cpu") -> str:
     """Return a package name made from the model's name, the precision and a provider other than the CPU."""
-    stem = _QUANTIZATION_SUFFIX.sub("", stem)
-    name = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-.")
     provider = "" if execution_provider == "cpu" else f"-{execution_provider}"
-    return f"{name or 'model'}-{precision}{provider}"
+    return f"{package_name(_QUANTIZATION_SUFFIX.sub('', stem))}-{precision}{provider}"
+
+
+def package_name(text: str) -> str:
+    """Return the nearest name that a package may have."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "model"
 
 
 def read_chat_format(path: Path) -> ChatFormat:

@@ -1,0 +1,157 @@
+"""A model folder of onnxruntime-genai becomes a package: the same graph and weights, aligned, proved and described."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from onnx import ModelProto
+from tokenizers import Tokenizer
+
+from lamplighter_agent.errors import ConfigError
+from lamplighter_agent.package.chat_format import ChatFormat
+from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+from lamplighter_agent.package.manifest import (
+    FORMAT_VERSION,
+    GenerationDefaults,
+    Manifest,
+    ModelFacts,
+    SelfTest,
+    Target,
+)
+from lamplighter_builder.chat_template import compile_chat_template
+from lamplighter_builder.checkpoint import read_tokenizer
+from lamplighter_builder.fields import Fields
+from lamplighter_builder.genai_facts import describe_groups, model_facts, read_tensors, resident_tensors
+from lamplighter_builder.genai_folder import GenaiFolder, read_genai_folder
+from lamplighter_builder.graph_check import check_graph
+from lamplighter_builder.manifest_parts import (
+    check_reference,
+    generation_defaults,
+    load_tokenizer,
+    operator_domains,
+    provenance,
+)
+from lamplighter_builder.memory import PREFILL_CHUNK_TOKENS, memory_needs
+from lamplighter_builder.package_writer import PackageWriter
+from lamplighter_builder.progress import Progress
+from lamplighter_builder.relocation import relocate_weights
+from lamplighter_builder.self_test import make_self_tests
+from lamplighter_builder.targets import GraphTarget
+
+_TOKENIZER_FILES: Final = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+_NOTICES: Final = ("LICENSE*", "LICENCE*", "NOTICE*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """What the user chose.
+
+    Attributes:
+        output: Directory of the package; missing or empty.
+        name: Package name.
+        version: Package version.
+        licence: SPDX expression; a folder of onnxruntime-genai states none.
+        chat_format: Chat format to use instead of compiling the template, or None.
+    """
+
+    output: Path
+    name: str
+    version: str
+    licence: str | None = None
+    chat_format: ChatFormat | None = None
+
+
+def import_package(path: Path, options: ImportOptions, progress: Progress) -> Manifest:
+    """Make a package of a folder and return its manifest. No weight is quantized again.
+
+    Raises:
+        CheckpointError: If a file is missing or damaged.
+        UnsupportedModelError: If the graph differs from the contract; the sentence names every difference.
+        ChatTemplateError: If the chat template cannot be compiled.
+        BuildError: If onnxruntime cannot run the graph.
+        ConfigError: If the output directory is not empty, or no licence is given.
+        DiskFullError: If the disk is full.
+    """
+    check_reference(options.name, options.version)
+    if options.licence is None:
+        raise ConfigError(f"{path}: such a folder states no licence", hint="give one: --licence SPDX-EXPRESSION")
+    folder = read_genai_folder(path)
+    target = GraphTarget(folder.provider, half_arithmetic=folder.half, half_matrices=folder.half)
+    tokenizer_files = read_tokenizer(path)
+    tokenizer = load_tokenizer(tokenizer_files, folder.model_section.integer("vocab_size"))
+    generation = _generation(folder, tokenizer)
+    chat_format = options.chat_format
+    if chat_format is None and tokenizer_files.chat_template is not None:
+        chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)
+    sources = [entry for entry in sorted(path.iterdir()) if entry.is_file()]
+    with PackageWriter(options.output) as writer:
+        relocate_weights(folder.model, path, writer.directory / WEIGHTS_NAME, progress)
+        tensors = read_tensors(folder.model)
+        facts = model_facts(folder, tensors)
+        _state_shapes(folder.model, facts)
+        writer.write(MODEL_NAME, folder.model.SerializeToString(deterministic=True))
+        check_graph(writer.directory / MODEL_NAME)
+        writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
+        writer.write(GENAI_CONFIG_NAME, _genai_config(folder))
+        for source in (*(path / name for name in _TOKENIZER_FILES), *(p for n in _NOTICES for p in path.glob(n))):
+            if source.is_file():
+                writer.write(source.name, source.read_bytes())
+        self_tests: tuple[SelfTest, ...] = ()
+        if target.provider == "cpu":
+            model_path = writer.directory / MODEL_NAME
+            self_tests = make_self_tests(model_path, tokenizer, chat_format, generation, progress)
+        memory = memory_needs(facts, resident_tensors(tensors), target, head_rows=_head_rows(folder.model))
+        # Scales for an 8-bit cache are per pair of rotated features, which are not known here.
+        cache_bytes = {target.cache_dtype: memory.kv_bytes_per_token[target.cache_dtype]}
+        progress.stage("hashing", 0)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            name=options.name,
+            version=options.version,
+            licence=options.licence,
+            model=facts,
+            precision=describe_groups(tensors),
+            target=Target(execution_provider=target.provider, operator_domains=operator_domains(folder.model)),
+            files=writer.entries(),
+            memory=msgspec.structs.replace(memory, kv_bytes_per_token=cache_bytes),
+            generation=generation,
+            chat_format=chat_format,
+            self_tests=self_tests,
+            provenance=provenance(path.resolve().name, sources, {"imported": "onnxruntime-genai"}, progress),
+        )
+        writer.finish(manifest)
+    return manifest
+
+
+def _generation(folder: GenaiFolder, tokenizer: Tokenizer) -> GenerationDefaults:
+    tokens = {key: value for key, value in folder.model_section.values.items() if key.endswith("_token_id")}
+    search = Fields({**folder.search.values, **tokens}, folder.search.origin)
+    return generation_defaults(search, folder.model_section, tokenizer)
+
+
+def _genai_config(folder: GenaiFolder) -> bytes:
+    """Return the folder's configuration with the package's file name for the model."""
+    decoder = {**folder.decoder.values, "filename": MODEL_NAME}
+    config = {**folder.config, "model": {**folder.model_section.values, "decoder": decoder}}
+    return (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _state_shapes(model: ModelProto, facts: ModelFacts) -> None:
+    """Write heads and features of the cache as numbers, so that the graph can be run without its configuration.
+
+    Shapes between nodes are dropped: they are optional, and onnxruntime-genai's builder writes some that are wrong.
+    """
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            shape = value.type.tensor_type.shape
+            shape.dim[1].dim_value, shape.dim[3].dim_value = facts.num_key_value_heads, facts.head_dim
+
+
+def _head_rows(model: ModelProto) -> int:
+    has_start = any(value.name == "logits_start" for value in model.graph.input)
+    return 1 if has_start else PREFILL_CHUNK_TOKENS
