@@ -1,0 +1,64 @@
+"""Our engine, through the library's public calls, from a prepared copy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lamplighter_agent.engine.events import TextDelta
+from lamplighter_agent.engine.generate import Engine
+from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.params import GenerationParams
+
+
+class Ours:
+    """See ``measure.Engine``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def stream(self, prompt: list[int], count: int, *, reuse: bool = False, speculate: bool = False) -> Iterator[int]:
+        """Generate; each token comes as the engine gives it."""
+        for token in self._engine.generate(prompt, _params(count, reuse=reuse, speculate=speculate)):
+            if token.token_id is not None:
+                yield token.token_id
+
+    def together(self, prompts: list[list[int]], count: int) -> float:
+        """Submit all at once and step; count the tokens after the last one's first."""
+        scheduler = self._engine.scheduler
+        for number, prompt in enumerate(prompts):
+            scheduler.submit(f"stream-{number}", prompt, _params(count, reuse=False, speculate=False))
+        begun: set[str] = set()
+        marks: list[float] = []
+        while not scheduler.idle and len(marks) < count * len(prompts):
+            for event in scheduler.step():
+                if isinstance(event, TextDelta):
+                    begun.add(event.request_id)
+                    if len(begun) == len(prompts):
+                        marks.append(time.perf_counter())
+            if marks and scheduler.running < len(prompts):
+                break
+        while not scheduler.idle:
+            scheduler.step()
+        return (len(marks) - 1) / (marks[-1] - marks[0])
+
+
+def load(model: Path, threads: int, context_tokens: int) -> Ours:
+    """Load the package ``model`` from the prepared copies beside it."""
+    options = EngineOptions(threads=threads, max_context_tokens=context_tokens)
+    engine = Engine.load(model, options=options, prepared_root=model.parent / "prepared")
+    if not engine.prepared:
+        raise SystemExit("the prepared copy was not used")
+    return Ours(engine)
+
+
+def _params(count: int, *, reuse: bool, speculate: bool) -> GenerationParams:
+    return GenerationParams(
+        max_tokens=count,
+        temperature=0.0,
+        repetition_penalty=1.0,
+        ignore_eos=True,
+        cache_prompt=reuse,
+        speculation=speculate,
+    )
