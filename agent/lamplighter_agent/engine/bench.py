@@ -50,8 +50,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
         rss_loaded_bytes: Resident memory after the load.
         rss_anonymous_bytes: Resident memory after the first run that is no file's, so that the system cannot drop it.
         peak_rss_bytes: Highest resident memory after the first run, before the bare loop's.
-        python_step_s: What the engine adds to a decode step: its time a token less the bare loop's; noise may make it
-            negative.
+        python_step_s: What the engine adds to a decode step: the time of a token that is not spent in the model.
     """
 
     package: str
@@ -125,7 +124,7 @@ def run_bench(
         rss_loaded_bytes=rss_loaded,
         rss_anonymous_bytes=rounds.anonymous_bytes,
         peak_rss_bytes=rounds.peak_bytes,
-        python_step_s=1 / decode - 1 / bare_decode,
+        python_step_s=statistics.median(rounds.python_steps_s),
     )
 
 
@@ -136,6 +135,7 @@ class _Rounds:
     prefills: list[float] = field(default_factory=list)
     decodes: list[float] = field(default_factory=list)
     first_tokens: list[float] = field(default_factory=list)
+    python_steps_s: list[float] = field(default_factory=list)
     bare_prefills: list[float] = field(default_factory=list)
     bare_decodes: list[float] = field(default_factory=list)
     anonymous_bytes: int = 0
@@ -152,11 +152,14 @@ def _measure(engine: Engine, runs: int, prompt_tokens: int, generated_tokens: in
         rounds.prefills.append(_engine_timings(engine, long, 1).prompt_tokens_per_s)
         if number:
             rounds.bare_prefills.append(bare.prefill_rate(long))
+        in_model_s = engine.runner.decode_s
         timings = _engine_timings(engine, short, generated_tokens)
+        outside_s = timings.decode_s - (engine.runner.decode_s - in_model_s)
+        rounds.python_steps_s.append(outside_s / (generated_tokens - 1))
         rounds.decodes.append(timings.generated_tokens_per_s)
         rounds.first_tokens.append(timings.first_token_s)
         if number == 0:
-            rounds.anonymous_bytes, rounds.peak_bytes = _memory_bytes("RssAnon"), _memory_bytes("VmHWM")
+            rounds.anonymous_bytes, rounds.peak_bytes = _unfiled_bytes(), _memory_bytes("VmHWM")
             rounds.bare_prefills.append(bare.prefill_rate(long))
         rounds.bare_decodes.append(bare.decode_rate(short, generated_tokens))
     return rounds
@@ -221,11 +224,23 @@ def _prompt(engine: Engine, tokens: int) -> list[int]:
 
 
 def _engine_timings(engine: Engine, prompt: list[int], tokens: int) -> Timings:
-    params = GenerationParams(max_tokens=tokens, temperature=0.0, repetition_penalty=1.0, ignore_eos=True)
+    params = GenerationParams(
+        max_tokens=tokens,
+        temperature=0.0,
+        repetition_penalty=1.0,
+        ignore_eos=True,
+        cache_prompt=False,
+        speculation=False,
+    )
     *_, last = engine.generate(prompt, params)
     if last.finished is None or last.finished.usage.generated_tokens != tokens:
         raise EngineError(f"the bench's generation ended before {tokens} tokens")
     return last.finished.timings
+
+
+def _unfiled_bytes() -> int:
+    """Return resident bytes that belong to no file: the KV cache counts as shared memory."""
+    return _memory_bytes("RssAnon") + _memory_bytes("RssShmem")
 
 
 def _memory_bytes(name: str) -> int:

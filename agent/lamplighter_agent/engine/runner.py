@@ -13,6 +13,7 @@ of a logit. What the order rests on is not taken on trust: see ``ModelRunner.ver
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -115,6 +116,11 @@ class ModelRunner:
             self.cache.advance(slot, (token,))
         return logits
 
+    @property
+    def decode_s(self) -> float:
+        """Seconds that decode steps have spent in the model so far."""
+        return self._decode.seconds
+
     def exactness(self, rows: int) -> bool | None:
         """Return whether ``verify`` gives the bits of ``decode`` at this number of rows; None if not yet known.
 
@@ -187,6 +193,9 @@ class _Step:
         session: The open model.
         caches: Arrays [rows, heads, capacity, head_dim], key and value of each layer in turn.
         capacity: Tokens that a row may hold.
+
+    Attributes:
+        seconds: Time spent in the model so far.
     """
 
     def __init__(self, session: ModelSession, caches: tuple[CacheArray, ...], capacity: int) -> None:
@@ -201,6 +210,7 @@ class _Step:
         self._logits: FloatArray = np.empty((rows, 1, session.io.logits_width), dtype=np.float32)
         self._mask: IntArray = np.zeros((rows, 0), dtype=np.int64)
         self._masked = [0] * rows
+        self.seconds = 0.0
 
     def run(self, tokens: Sequence[int], offsets: Sequence[int], rope_tokens: Sequence[int]) -> FloatArray:
         """Compute one token a row behind ``offsets`` tokens; return float32 [len(tokens), logits width], reused."""
@@ -215,7 +225,9 @@ class _Step:
         binding = self._bindings.get(batch)
         if binding is None:
             binding = self._bindings[batch] = self._bind(batch)
+        begun = time.perf_counter()
         binding.run()
+        self.seconds += time.perf_counter() - begun
         rows: FloatArray = self._logits[:batch, 0]
         return rows
 
