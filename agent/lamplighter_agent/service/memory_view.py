@@ -51,6 +51,7 @@ def engine_options(config: EngineConfig) -> EngineOptions:
         slots=config.slots,
         threads=config.threads,
         kv_cache_dtype=config.kv_cache_dtype,
+        speculation=config.speculation,
         prefix_cache_bytes=None if config.prefix_cache_mb is None else config.prefix_cache_mb * MIB,
         prefix_disk_bytes=config.prefix_disk_mb * MIB,
         pinned_prompts=config.pinned_prompts,
