@@ -297,15 +297,20 @@ def run_trial(trial: Trial) -> Result:
     if first.startswith(b"!") or not first:
         return Result(error=first.decode() or "the child died without a word")
     steps, where = json.loads(first)
+    result = restart(trial)
+    return msgspec.structs.replace(result, steps=steps, killed_at=where)
+
+
+def restart(trial: Trial) -> Result:
+    """Start anew on what a killed process has left, in a child of this process."""
     state, left = Path(trial.folder, "state"), Path(trial.folder, "left")
     if left.exists():
         shutil.rmtree(state)
         left.rename(state)
-    second = _run_child(lambda answer: _restart(trial, answer))
-    if second.startswith(b"!") or not second:
-        return Result(steps=steps, killed_at=where, error=second.decode() or "the next start died")
-    result = msgspec.json.decode(second, type=Result)
-    return msgspec.structs.replace(result, steps=steps, killed_at=where)
+    answer = _run_child(lambda answer: _restart(trial, answer))
+    if answer.startswith(b"!") or not answer:
+        return Result(error=answer.decode() or "the next start died")
+    return msgspec.json.decode(answer, type=Result)
 
 
 def main() -> None:

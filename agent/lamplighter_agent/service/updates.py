@@ -20,6 +20,7 @@ from lamplighter_agent.service.update_hooks import ServiceHooks
 from lamplighter_agent.service.update_setup import make_updater
 from lamplighter_agent.update import recovery
 from lamplighter_agent.update.audit import AuditEntry
+from lamplighter_agent.update.clock import judge_clock, now
 from lamplighter_agent.update.hooks import UpdateHooks
 from lamplighter_agent.update.installed import InstalledPackage
 from lamplighter_agent.update.interrupt import Interrupt
@@ -105,7 +106,20 @@ class UpdateService:
             logger.info("updates are off: %s", error.message)
             self._refusal = error
             return
+        self._note_clock()
         self._thread.start()
+
+    def _note_clock(self) -> None:
+        """Say so if the clock cannot be right; the package in use serves all the same."""
+        try:
+            confirmed = self._ledger.journal.read().clock_confirmed
+        except StoreError as error:
+            logger.warning("the journal cannot be read: %s", error.message)
+            return
+        verdict = judge_clock(now(), confirmed)
+        if verdict.code != "ok":
+            logger.warning("%s", verdict.message)
+            self._ledger.audit.write(AuditEntry(event=verdict.code, message=verdict.message))
 
     def request(self, desired: Desired) -> None:
         """Make the wanted package the one in use, as soon as possible."""
