@@ -196,7 +196,7 @@ def test_update_is_cancelled_and_rolled_back_by_command(story: Story) -> None:
     ):
         story.push("1.0.0")
         story.states("active")
-        story.server.faults.append(Fault("/blobs/", times=1, drip_s=0.05, drip_bytes=512))
+        story.server.faults.append(Fault("/blobs/", times=1, drip_s=0.2, drip_bytes=512))
         story.push("2.0.0")
         story.states("downloading")
         assert "cancelled" in send_command(fleet, "box1", "cancel_update")
