@@ -49,16 +49,15 @@ class Shape:
     vocab: int
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield name and shape of every tensor of a Llama of these sizes, in the order of the layers."""
+        """Yield name and shape of every tensor of a Phi-3 of these sizes, in the order of the layers."""
         yield "model.embed_tokens.weight", (self.vocab, self.hidden)
         for layer in range(self.layers):
             prefix = f"model.layers.{layer}"
             yield f"{prefix}.input_layernorm.weight", (self.hidden,)
-            for part in "qkvo":
-                yield f"{prefix}.self_attn.{part}_proj.weight", (self.hidden, self.hidden)
+            yield f"{prefix}.self_attn.qkv_proj.weight", (3 * self.hidden, self.hidden)
+            yield f"{prefix}.self_attn.o_proj.weight", (self.hidden, self.hidden)
             yield f"{prefix}.post_attention_layernorm.weight", (self.hidden,)
-            for part in ("gate", "up"):
-                yield f"{prefix}.mlp.{part}_proj.weight", (self.intermediate, self.hidden)
+            yield f"{prefix}.mlp.gate_up_proj.weight", (2 * self.intermediate, self.hidden)
             yield f"{prefix}.mlp.down_proj.weight", (self.hidden, self.intermediate)
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (self.vocab, self.hidden)
@@ -69,17 +68,25 @@ class Shape:
         return sum(int(np.prod(shape, dtype=np.int64)) for _, shape in self.tensors())
 
     def config(self) -> dict[str, object]:
-        """Return ``config.json``."""
+        """Return ``config.json``; LongRoPE's factors rise from 1, the long ones faster."""
+        pairs = self.hidden // self.heads // 2
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": ["Phi3ForCausalLM"],
+            "model_type": "phi3",
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.heads,
             "vocab_size": self.vocab,
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0 + pair / pairs for pair in range(pairs)],
+                "long_factor": [1.0 + 60.0 * pair / pairs for pair in range(pairs)],
+            },
+            "sliding_window": 262144,
             "rms_norm_eps": 1e-5,
             "hidden_act": "silu",
             "rope_theta": 10000.0,
@@ -219,7 +226,7 @@ def main() -> None:
     """Write the checkpoint if it is not there, build it and print what that took."""
     options = parse()
     shape = Shape(options.layers, options.hidden, options.intermediate, options.heads, options.vocab)
-    name = f"llama-{shape.layers}x{shape.hidden}x{shape.intermediate}-h{shape.heads}-v{shape.vocab}"
+    name = f"phi3-{shape.layers}x{shape.hidden}x{shape.intermediate}-h{shape.heads}-v{shape.vocab}"
     checkpoint, package = WORK / name, WORK / f"{name}-{options.precision}-{options.execution_provider}"
     if not checkpoint.is_dir():
         print(f"writing {checkpoint}: {2 * shape.parameters / 1e9:.1f} GB", file=sys.stderr)

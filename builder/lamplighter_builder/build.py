@@ -43,7 +43,7 @@ from lamplighter_builder.precision import PrecisionName, choose_parts, choose_ta
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.registry import find_architecture
-from lamplighter_builder.self_test import make_self_tests
+from lamplighter_builder.self_test import load_runner, make_self_tests
 from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weight_file import WeightFile
 
@@ -115,19 +115,19 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         self_tests: tuple[SelfTest, ...] = ()
         scales: CacheScales | None = None
         if runs_here(target, memory):
-            model_path = writer.directory / MODEL_NAME
+            runner = load_runner(writer.directory / MODEL_NAME, progress)
             if target.cache_dtype == "float32":
-                progress.stage("cache scales", 0)
-                scales = calibrate_cache(model_path, tokenizer, facts)
+                progress.stage("cache scales", 1)
+                scales = calibrate_cache(runner, tokenizer, facts)
+                progress.advance(1)
             self_tests = make_self_tests(
-                model_path,
+                runner,
                 tokenizer,
                 chat_format,
                 generation,
                 progress,
                 short_rope_tokens=None if facts.rope is None else facts.rope.original_max_position_embeddings,
             )
-        progress.stage("hashing", 0)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name,
@@ -136,7 +136,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             model=facts,
             precision=describe_precision(options.precision, target, graph),
             target=Target(execution_provider=options.execution_provider, operator_domains=operator_domains(written)),
-            files=writer.entries(),
+            files=writer.entries(progress),
             memory=memory,
             cache_scales=scales,
             generation=generation,

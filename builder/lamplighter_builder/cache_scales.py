@@ -6,7 +6,6 @@ in pairs with its position, so both get the length of the pair: it is the same a
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -55,14 +54,9 @@ SELECT name, count(*) FROM ships WHERE seen > '1887-03-01' GROUP BY name ORDER B
 """
 
 
-def calibrate_cache(model: Path, tokenizer: Tokenizer, facts: ModelFacts) -> CacheScales:
-    """Run the model over ``CALIBRATION_TEXT`` and return the scales of every layer.
-
-    Raises:
-        BuildError: If onnxruntime cannot load the model.
-    """
+def calibrate_cache(runner: Runner, tokenizer: Tokenizer, facts: ModelFacts) -> CacheScales:
+    """Run the model over ``CALIBRATION_TEXT`` and return the scales of every layer."""
     tokens = tokenizer.encode(CALIBRATION_TEXT).ids[: min(_MAX_TOKENS, facts.max_position_embeddings - 1)]
-    runner = Runner(model)
     row = np.array([tokens], dtype=np.int64)
     _, cache = runner.run(row, runner.empty_cache(), logits_start=len(tokens) - 1, rope_tokens=len(tokens))
     keys, values = [], []

@@ -39,7 +39,7 @@ from lamplighter_builder.memory import PREFILL_CHUNK_TOKENS, memory_needs
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.relocation import relocate_weights
-from lamplighter_builder.self_test import make_self_tests
+from lamplighter_builder.self_test import load_runner, make_self_tests
 from lamplighter_builder.targets import GraphTarget
 
 _TOKENIZER_FILES: Final = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
@@ -102,12 +102,11 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
                 writer.write(source.name, source.read_bytes())
         self_tests: tuple[SelfTest, ...] = ()
         if target.provider == "cpu":
-            model_path = writer.directory / MODEL_NAME
-            self_tests = make_self_tests(model_path, tokenizer, chat_format, generation, progress)
+            runner = load_runner(writer.directory / MODEL_NAME, progress)
+            self_tests = make_self_tests(runner, tokenizer, chat_format, generation, progress)
         memory = memory_needs(facts, resident_tensors(tensors), target, head_rows=_head_rows(folder.model))
         # Scales for an 8-bit cache are per pair of rotated features, which are not known here.
         cache_bytes = {target.cache_dtype: memory.kv_bytes_per_token[target.cache_dtype]}
-        progress.stage("hashing", 0)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name,
@@ -116,7 +115,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
             model=facts,
             precision=describe_groups(tensors),
             target=Target(execution_provider=target.provider, operator_domains=operator_domains(folder.model)),
-            files=writer.entries(),
+            files=writer.entries(progress),
             memory=msgspec.structs.replace(memory, kv_bytes_per_token=cache_bytes),
             generation=generation,
             chat_format=chat_format,

@@ -25,6 +25,7 @@ from lamplighter_agent.package.layout import (
     check_name,
 )
 from lamplighter_agent.package.manifest import FileEntry, FileRole, Manifest, encode_manifest
+from lamplighter_builder.progress import Progress
 
 _ROLES: Final[dict[str, FileRole]] = {
     MODEL_NAME: "model",
@@ -66,9 +67,15 @@ class PackageWriter:
             stream.flush()
             os.fsync(stream.fileno())
 
-    def entries(self) -> tuple[FileEntry, ...]:
+    def entries(self, progress: Progress) -> tuple[FileEntry, ...]:
         """Hash every file written so far, in the order of their names."""
-        return tuple(_entry(path) for path in sorted(self.directory.iterdir()))
+        paths = sorted(self.directory.iterdir())
+        progress.stage("hashing", sum(path.stat().st_size for path in paths))
+        found = []
+        for path in paths:
+            found.append(_entry(path))
+            progress.advance(found[-1].length)
+        return tuple(found)
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and put the package in its place.

@@ -22,8 +22,20 @@ _CLEAR_MARGIN: Final = 0.5
 """Logits by which a token must lead for another CPU's kernels to be expected to choose it too."""
 
 
+def load_runner(model: Path, progress: Progress) -> Runner:
+    """Load a written model, once for everything that the builder runs on it.
+
+    Raises:
+        BuildError: If onnxruntime cannot load the model.
+    """
+    progress.stage("loading", 1)
+    runner = Runner(model)
+    progress.advance(1)
+    return runner
+
+
 def make_self_tests(
-    model: Path,
+    runner: Runner,
     tokenizer: Tokenizer,
     chat_format: ChatFormat | None,
     generation: GenerationDefaults,
@@ -34,13 +46,8 @@ def make_self_tests(
     """Run a written model on a few prompts and keep its greedy tokens.
 
     With LongRoPE, ``short_rope_tokens`` is the length of the longest text with short factors.
-
-    Raises:
-        BuildError: If onnxruntime cannot load the model.
     """
-    progress.stage("self-test", 1 + len(_PROMPTS))
-    runner = Runner(model)
-    progress.advance(1)
+    progress.stage("self-test", len(_PROMPTS))
     tests = []
     for prompt in _PROMPTS:
         tokens = _encode(prompt, tokenizer, chat_format)
