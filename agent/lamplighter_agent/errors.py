@@ -130,6 +130,12 @@ class ProbationFailedError(PackageError):
     reason = "probation_failed"
 
 
+class UnstableError(PackageError):
+    """The agent did not stay up with a package that had served before; the one before it runs instead."""
+
+    reason = "agent_unstable"
+
+
 class DownloadError(LamplighterError):
     """Transport failed; the same request may succeed later."""
 

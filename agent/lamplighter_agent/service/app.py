@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from lamplighter_agent.config import AgentConfig
-from lamplighter_agent.errors import LamplighterError, RequestError, StoreError
+from lamplighter_agent.errors import RequestError, StoreError
 from lamplighter_agent.package.durable import make_directory, storage_errors, write_file
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.commands import Commands, Links
@@ -24,7 +24,7 @@ from lamplighter_agent.service.local_api import Facts, LocalApi
 from lamplighter_agent.service.memory_view import MemoryReport, engine_options, memory_report
 from lamplighter_agent.service.mqtt_service import Actions, MqttService
 from lamplighter_agent.service.runner import PackageRunner
-from lamplighter_agent.service.starts import FORGIVEN_AFTER_S, PREVIOUS_AFTER, StartCounter
+from lamplighter_agent.service.starts import FORGIVEN_AFTER_S, StartCounter
 from lamplighter_agent.service.systemd import ServiceManager, passed_sockets
 from lamplighter_agent.service.telemetry import Sampler, TelemetryReporter
 from lamplighter_agent.service.updates import PREPARE_MODULE, UpdateService
@@ -226,26 +226,14 @@ class Agent:
         if mode == "safe_mode":
             self._refuse_to_start()
             return
-        if mode == "previous_package":
-            self._go_back()
-        await self._start_package_in_use()
+        await self._start_package_in_use(unstable=mode == "previous_package")
 
-    async def _start_package_in_use(self) -> None:
-        package = await self._updates.start_up()
+    async def _start_package_in_use(self, *, unstable: bool = False) -> None:
+        package = await self._updates.start_up(unstable=unstable)
         if package is None:
             logger.info("no package is in use; push one with lamplighter-fleet push NAME/VERSION")
         else:
             self._runner.start(package.path)
-
-    def _go_back(self) -> None:
-        """The agent did not stay up: the package in use may be why."""
-        try:
-            with self._store.lock():
-                package = self._store.roll_back()
-        except LamplighterError as error:
-            logger.warning("the agent did not stay up, but there is nothing to go back to: %s", error.message)
-        else:
-            logger.error("the agent did not stay up %d times: %s runs instead", PREVIOUS_AFTER, package.reference)
 
     def _refuse_to_start(self) -> None:
         self._runner.refuse(

@@ -82,9 +82,13 @@ class UpdateService:
         """State of the last update, ``idle`` before the first."""
         return self.last_report.state.value if self.last_report is not None else "idle"
 
-    async def start_up(self) -> InstalledPackage | None:
-        """Return the package to run, before any is loaded: after rolling back or healing where that is needed."""
-        start = await asyncio.to_thread(recovery.start_up, self._store, self._ledger)
+    async def start_up(self, *, unstable: bool = False) -> InstalledPackage | None:
+        """Return the package to run, before any is loaded: after rolling back or healing where that is needed.
+
+        Args:
+            unstable: True if the agent did not stay up several times in a row.
+        """
+        start = await asyncio.to_thread(recovery.start_up, self._store, self._ledger, unstable=unstable)
         if start.report is not None:
             self._report(start.report)
         return start.package

@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from lamplighter_agent.errors import HashMismatchError, LamplighterError, ProbationFailedError, StoreError
+from lamplighter_agent.errors import (
+    HashMismatchError,
+    LamplighterError,
+    ProbationFailedError,
+    StoreError,
+    UnstableError,
+)
 from lamplighter_agent.update.audit import AuditEntry
 from lamplighter_agent.update.installed import InstalledPackage
 from lamplighter_agent.update.journal import FailedVersion, UpdateRecord
@@ -48,15 +54,23 @@ class Turn(NamedTuple):
     package: PackageRef | None
 
 
-def start_up(store: Store, ledger: Ledger) -> StartUp:
+def start_up(store: Store, ledger: Ledger, *, unstable: bool = False) -> StartUp:
     """Decide which package to run, before any is loaded: count the start, roll back and heal where needed.
 
     Whatever is wrong with the store, the best package that can be read is returned. The caller holds no lock.
+
+    Args:
+        store: The packages.
+        ledger: What is remembered.
+        unstable: True if the agent did not stay up several times in a row: the package in use may be why.
     """
     turn = None
     try:
         with store.lock():
-            turn = end_failed_probation(store, ledger) if _count_start(store, ledger) else None
+            if _count_start(store, ledger) or (unstable and ledger.probation.probation is not None):
+                turn = end_failed_probation(store, ledger)
+            elif unstable:
+                turn = leave_unstable(store, ledger)
             turn = heal(store, ledger, thorough=False) or turn
     except StoreError as error:
         logger.error("the store cannot be put in order: %s", error.message)  # noqa: TRY400
@@ -109,6 +123,41 @@ def _remember_failure(ledger: Ledger, probation: Probation, report: UpdateReport
     if state.record is not None and state.record.desired == probation.desired:
         state = msgspec.structs.replace(state, record=UpdateRecord(desired=probation.desired, report=report))
     ledger.journal.write(state)
+
+
+def leave_unstable(store: Store, ledger: Ledger) -> Turn | None:
+    """Go back to the package before the one in use, with which the agent does not stay up.
+
+    The caller holds the store's lock.
+
+    Returns:
+        What serves now, or None if there is nothing whole to go back to.
+
+    Raises:
+        StoreError: If the file system refuses.
+    """
+    left, fallback = store.in_use(), store.previous_reference()
+    if left is None or fallback is None or fallback == left or not store.is_whole(fallback):
+        return None
+    error = UnstableError(
+        f"the agent did not stay up with {left}; {fallback} is in use instead",
+        hint="see the agent's log; push the package again, under a new id, to try it again",
+    )
+    state = ledger.journal.read()
+    desired = state.record.desired if state.record else None
+    if desired is None or str(desired) != str(left):
+        desired = Desired(package=left.name, version=left.version, id="unstable", requested_by="agent")
+        state = state.without_record()
+    report = _report(desired, UpdateState.ROLLED_BACK, error, fallback)
+    store.return_to(fallback)
+    # Told again, the request that brought the package must not bring it back.
+    ledger.journal.write(msgspec.structs.replace(state, record=UpdateRecord(desired=desired, report=report)))
+    ledger.audit.write(
+        AuditEntry(event="rolled_back", package=str(left), requested_by="agent", active=str(fallback),
+                   reason=error.reason, message=error.message)
+    )  # fmt: skip
+    logger.error("%s", error.message)
+    return Turn(report, fallback)
 
 
 def heal(store: Store, ledger: Ledger, *, thorough: bool) -> Turn | None:
