@@ -4,13 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from lamplighter_agent.errors import BuildError, CheckpointError, UnsupportedModelError, WeightMismatchError
 from lamplighter_agent.package.manifest import Manifest, read_manifest
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.registry import MODEL_MODULES, find_architecture
-from support.families import FAMILIES, LONG_ROPE_SWITCH, WINDOW, write_family_checkpoint
+from support.families import FAMILIES, LONG_ROPE_SWITCH, WINDOW, load_reference, write_family_checkpoint
 from support.tiny_model import build_tiny_package
 
 
@@ -153,7 +155,26 @@ def test_manifest_describes_the_switch_of_long_rope(tmp_path: Path) -> None:
     assert rope.original_max_position_embeddings == LONG_ROPE_SWITCH
 
 
-def test_keys_of_two_ropes_cannot_be_shifted(tmp_path: Path) -> None:
-    rope = manifest_of("gemma3_text", tmp_path).model.rope
-    assert rope is not None
-    assert not rope.shiftable
+def test_manifest_describes_the_rope_of_windowed_layers(tmp_path: Path) -> None:
+    model = manifest_of("gemma3_text", tmp_path).model
+    assert model.rope is not None
+    assert model.local_rope is not None
+    assert (model.rope.rope_type, model.rope.rope_theta) == ("linear", 1e6)
+    assert (model.local_rope.rope_type, model.local_rope.rope_theta) == ("default", 1e4)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "llama-scaled", "llama-linear", "qwen2-yarn-windowed", "phi", "phi3-longrope", "phi3"]
+)
+def test_rotary_tables_are_those_of_transformers_far_out(family: str, tmp_path: Path) -> None:
+    """Angles at position 8000 are rounded to 0.0005 radians; the models were trained with that rounding."""
+    positions = 8192
+    checkpoint = write_family_checkpoint(tmp_path / family, family)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    rope = find_architecture(config["model_type"]).read_config(Fields(config, family)).rope
+    cos, sin = rope.tables(positions)
+    rotary = load_reference(checkpoint).model.model.rotary_emb
+    expected = rotary(torch.zeros(1), torch.arange(positions)[None])
+    # With LongRoPE the short factors come first; a text of this length has the long ones.
+    for found, wanted in zip((cos[-positions:], sin[-positions:]), expected, strict=True):
+        np.testing.assert_allclose(found, wanted[0, :, : rope.rotary_dim // 2].numpy(), atol=1e-4)

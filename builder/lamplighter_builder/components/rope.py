@@ -1,4 +1,8 @@
-"""Rotary position embeddings: configurations read from a checkpoint, and the cos and sin tables they make."""
+"""Rotary position embeddings: configurations read from a checkpoint, and the cos and sin tables they make.
+
+Frequencies and angles are computed in float32, step by step as transformers does: at position 5000 the rounding of an
+angle is 0.0002 radians, which models were trained with and which exact tables would show as a difference of logits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from lamplighter_agent.package.manifest import RopeScaling
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import NO_VALUE, Graph, TensorSpec, Value, Weight
 
-Frequencies = npt.NDArray[np.float64]
+Frequencies = npt.NDArray[np.float32]
 Table = npt.NDArray[np.float32]
 
 _SUPPORTED: Final = ("default", "linear", "llama3", "yarn", "longrope")
@@ -45,7 +49,7 @@ class Rope:
         return 1.0
 
     def frequencies(self) -> Frequencies:
-        """Return float64 [rotary_dim / 2], radians a position."""
+        """Return float32 [rotary_dim / 2], radians a position."""
         return unscaled_frequencies(self.theta, self.rotary_dim) / self.factor
 
     def rows(self, positions: int) -> int:
@@ -86,12 +90,14 @@ class Llama3Rope(Rope):
         return "llama3"
 
     def frequencies(self) -> Frequencies:
-        """Return float64 [rotary_dim / 2], radians a position."""
+        """Return float32 [rotary_dim / 2], radians a position."""
         base = unscaled_frequencies(self.theta, self.rotary_dim)
-        turns = self.original_context * base / (2 * math.pi)
+        # torch divides a number by an array as the array's inverse times the number.
+        lengths = _inverse(base) * (2 * math.pi)
+        turns = _inverse(lengths) * self.original_context
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        share = np.clip(kept, 0.0, 1.0)
-        return base * (share + (1.0 - share) / self.factor)
+        between = (1 - kept) * base / self.factor + kept * base
+        return np.where(kept < 0, base / self.factor, np.where(kept > 1, base, between))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +129,16 @@ class YarnRope(Rope):
         return self.attention_factor
 
     def frequencies(self) -> Frequencies:
-        """Return float64 [rotary_dim / 2], radians a position."""
-        base = unscaled_frequencies(self.theta, self.rotary_dim)
+        """Return float32 [rotary_dim / 2], radians a position."""
+        base = wavelengths(self.theta, self.rotary_dim)
         low, high = self._feature_of(self.beta_fast), self._feature_of(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.rotary_dim - 1)
         high += 0.001 if low == high else 0.0
-        scaled = np.clip((np.arange(self.rotary_dim // 2) - low) / (high - low), 0.0, 1.0)
-        frequencies: Frequencies = base * (scaled / self.factor + (1.0 - scaled))
+        features = np.arange(self.rotary_dim // 2, dtype=np.float32)
+        kept = 1 - np.clip((features - low) / (high - low), 0, 1)
+        frequencies: Frequencies = _inverse(self.factor * base) * (1 - kept) + _inverse(base) * kept
         return frequencies
 
     def _feature_of(self, turns: float) -> float:
@@ -180,11 +187,14 @@ class LongRope(Rope):
 
     def tables(self, positions: int) -> tuple[Table, Table]:
         """Return cos and sin, float32 [rows, rotary_dim / 2]."""
-        base = unscaled_frequencies(self.theta, self.rotary_dim)
-        short = make_tables(base / np.array(self.short_factors), self.short_rows(positions), self.short_amplitude)
+        base = wavelengths(self.theta, self.rotary_dim)
+        short_set, long_set = (
+            _inverse(np.array(factors, dtype=np.float32) * base) for factors in (self.short_factors, self.long_factors)
+        )
+        short = make_tables(short_set, self.short_rows(positions), self.short_amplitude)
         if not self.switches(positions):
             return short
-        long = make_tables(base / np.array(self.long_factors), positions, self.long_amplitude)
+        long = make_tables(long_set, positions, self.long_amplitude)
         return np.concatenate([short[0], long[0]]), np.concatenate([short[1], long[1]])
 
     def facts(self) -> RopeScaling:
@@ -210,16 +220,26 @@ class RopeTables(NamedTuple):
 
 
 def unscaled_frequencies(theta: float, rotary_dim: int) -> Frequencies:
-    """Return float64 [rotary_dim / 2], radians a position (arXiv 2104.09864)."""
-    exponents = np.arange(0, rotary_dim, 2, dtype=np.float64) / rotary_dim
-    frequencies: Frequencies = theta**-exponents
-    return frequencies
+    """Return float32 [rotary_dim / 2], radians a position (arXiv 2104.09864)."""
+    return _inverse(wavelengths(theta, rotary_dim))
+
+
+def wavelengths(theta: float, rotary_dim: int) -> Frequencies:
+    """Return float32 [rotary_dim / 2], positions a radian: the inverse of the frequencies before it is taken."""
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim
+    powers: Frequencies = np.power(theta, exponents.astype(np.float64)).astype(np.float32)
+    return powers
+
+
+def _inverse(values: Frequencies) -> Frequencies:
+    inverse: Frequencies = np.float32(1.0) / values
+    return inverse
 
 
 def make_tables(frequencies: Frequencies, positions: int, amplitude: float) -> tuple[Table, Table]:
     """Return ``amplitude`` times cos and sin of ``position * frequency``, float32 [positions, rotary_dim / 2]."""
-    angles = np.outer(np.arange(positions, dtype=np.float64), frequencies)
-    return (np.cos(angles) * amplitude).astype(np.float32), (np.sin(angles) * amplitude).astype(np.float32)
+    angles = np.outer(np.arange(positions, dtype=np.float32), frequencies)
+    return np.cos(angles) * np.float32(amplitude), np.sin(angles) * np.float32(amplitude)
 
 
 def declare_tables(graph: Graph, rope: Rope, positions: int, name: str = "rope") -> RopeTables:
