@@ -104,10 +104,10 @@ def make_workload(tokenizer_path: Path, *, quick: bool) -> Workload:
         long=tokens(prose)[:LONG_TOKENS],
         streams=[chat(f"{STORY} Begin with the word {word}.") for word in ("Rain", "Once", "Blue", "Seven")],
         copies=copies,
-        decode_tokens=64 if quick else 160,
-        long_tokens=32 if quick else 96,
+        decode_tokens=64 if quick else 128,
+        long_tokens=32 if quick else 64,
         stream_tokens=32 if quick else 96,
-        copy_tokens=64 if quick else 128,
+        copy_tokens=64 if quick else 96,
     )
 
 

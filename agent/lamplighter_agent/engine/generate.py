@@ -20,6 +20,7 @@ import msgspec
 
 from lamplighter_agent.engine.cache_graph import cache_scales
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
+from lamplighter_agent.engine.heap import trim_heap
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.live import LiveSequence
 from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
@@ -172,6 +173,7 @@ class Engine:
         files = None
         if prefix_root is not None and options.prefix_disk_bytes:
             files = _prefix_files(package, prefix_root, manifest, plan, options.prefix_disk_bytes)
+        trim_heap()
         return cls(
             manifest,
             tokenizer,
