@@ -5,6 +5,7 @@ Only the tokens that can still be drawn are exponentiated or sorted: a vocabular
 
 from __future__ import annotations
 
+import math
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ TokenIds = NDArray[np.int64]
 _GROUP: Final = 64
 _FIRST_GUESS: Final = 512
 _MORE: Final = 8
+_BINS: Final = 4096
+_BINS_PER_NAT: Final = 128
 
 
 class Candidates(NamedTuple):
@@ -81,30 +84,31 @@ def keep_typical(logits: Logits, typical_p: float) -> Candidates:
 
     Locally typical sampling (Meister et al. 2022, arXiv 2202.00666): tokens are taken in the order of
     ``|-log p - entropy|`` until their probabilities reach ``typical_p``; those as close as the last one stay too.
+    The mass is summed up in bins of that distance, and only the bin in which it is reached is sorted. Tokens come in
+    the order of their ids.
     """
-    shifted = logits - logits.max()
+    # A token of weight zero, which was banned, would give 0 * inf.
+    shifted = np.maximum(logits - logits.max(), np.float32(-1e30))
     weights = np.exp(shifted)
     total = float(weights.sum(dtype=np.float64))
-    log_total = float(np.log(total))
-    # A token of weight zero, which was banned, would give 0 * inf.
-    finite = np.maximum(shifted, np.float32(-1e30))
-    entropy = log_total - float(np.dot(weights.astype(np.float64), finite)) / total
-    closeness = -np.abs(log_total - finite - np.float32(entropy))
-    count = _FIRST_GUESS
-    while True:
-        closest = top_candidates(closeness, min(count, logits.size))
-        reached = np.cumsum(weights[closest.ids], dtype=np.float64)
-        if reached[-1] >= typical_p * total or closest.ids.size == logits.size:
-            break
-        count *= _MORE
-    last = min(int(np.searchsorted(reached, typical_p * total)), closest.ids.size - 1)
-    ids = np.flatnonzero((closeness >= closest.logits[last]) & (weights > 0))
-    order = np.argsort(-logits[ids], kind="stable")
-    return Candidates(ids[order], logits[ids[order]])
+    entropy = math.log(total) - float(np.dot(weights, shifted)) / total
+    distance = np.abs(np.float32(math.log(total) - entropy) - shifted)
+    bins = np.minimum(distance * np.float32(_BINS_PER_NAT), np.float32(_BINS - 1)).astype(np.int64)
+    reached = np.cumsum(np.bincount(bins, weights=weights, minlength=_BINS))
+    last = min(int(np.searchsorted(reached, typical_p * total)), _BINS - 1)
+    inside = np.flatnonzero((bins == last) & (weights > 0))
+    before = float(reached[last - 1]) if last else 0.0
+    bound = np.float32((last + 1) / _BINS_PER_NAT)
+    if inside.size:
+        order = inside[np.argsort(distance[inside], kind="stable")]
+        count = int(np.searchsorted(before + np.cumsum(weights[order], dtype=np.float64), typical_p * total))
+        bound = distance[order[min(count, order.size - 1)]]
+    ids = np.flatnonzero((distance <= bound) & (weights > 0))
+    return Candidates(ids, logits[ids])
 
 
 def cut_typical(candidates: Candidates, typical_p: float) -> Candidates:
-    """Return the candidates that are typical among the candidates (see ``keep_typical``), most likely first."""
+    """Return the candidates that are typical among the candidates (see ``keep_typical``), in their order."""
     kept = keep_typical(candidates.logits, typical_p)
     return Candidates(candidates.ids[kept.ids], kept.logits)
 
