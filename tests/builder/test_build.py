@@ -93,7 +93,7 @@ def test_graph_meets_the_contract(tiny_int4: Path) -> None:
     cache = [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
     assert inputs == ["input_ids", "attention_mask", *cache, "logits_start"]
     presents = [f"present.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
-    assert [value.name for value in graph.output] == ["logits", *presents]
+    assert [value.name for value in graph.output] == ["logits", "hidden_states", *presents]
     assert "logits_start" in {tensor.name for tensor in graph.initializer}
     names = [node.name for node in graph.node]
     assert "/model/layers.0/self_attn/qkv_proj/MatMulNBits" in names

@@ -91,6 +91,9 @@ class FakeEngine:
             answer = "\0"
         self._requests[request_id] = _Request(tokens, [*map(ord, answer)], params, slow=word == "/slow")
 
+    def submit_embedding(self, request_id: str, tokens: list[int], *, deadline_s: float | None) -> None:
+        raise RequestError("the fake engine has no embeddings", param="model")
+
     def cancel(self, request_id: str) -> None:
         if request_id in self._requests:
             self._requests[request_id].cancelled = True

@@ -106,6 +106,13 @@ class ChecksumRunner:
             self._append(slot, token)
         return self._logits(slot)
 
+    @property
+    def hidden_size(self) -> int | None:
+        return None
+
+    def hidden_states(self, slot: int, tokens: list[int]) -> NDArray[np.float32]:
+        raise AssertionError("the checksum runner has no hidden states")
+
     def prefill_rows(self, slot: int, tokens: list[int]) -> NDArray[np.float32]:
         return np.stack([self.prefill(slot, [token]) for token in tokens])
 

@@ -113,6 +113,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
         usage: Tokens of all answers together.
         timings: Up to the end of the last answer.
         choices: The ends of all answers, where the request asked for several or for beams.
+        embedding: What a request for an embedding gets, float values of unit length.
     """
 
     request_id: str
@@ -121,6 +122,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     usage: Usage
     timings: Timings
     choices: tuple[Choice, ...] = ()
+    embedding: tuple[float, ...] | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

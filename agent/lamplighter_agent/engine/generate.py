@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from lamplighter_agent.engine.cache_graph import cache_scales
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
@@ -284,6 +286,22 @@ class Engine:
         self.scheduler.submit(request_id, self.encode_prompt(prompt), params, scorer=scorer)
         self._inboxes[request_id] = deque()
         return self._iterate(request_id)
+
+    def embed(self, text: str | list[int]) -> NDArray[np.float32]:
+        """Return a text as a vector, float32 [hidden_size] of unit length: the mean of its last hidden states.
+
+        Raises:
+            RequestError: If the package gives no embeddings.
+            ContextOverflowError: If the text does not fit.
+            EngineError: If the model fails.
+        """
+        request_id = f"embed-{next(self._numbers)}"
+        self.scheduler.submit_embedding(request_id, self.encode_prompt(text))
+        self._inboxes[request_id] = deque()
+        for token in self._iterate(request_id):
+            if token.finished is not None and token.finished.embedding is not None:
+                return np.array(token.finished.embedding, dtype=np.float32)
+        raise EngineError("the text was not computed")
 
     def close(self) -> None:
         """End all requests and let go of the model; the system gets most memory back only when the process ends."""

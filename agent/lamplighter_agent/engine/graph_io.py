@@ -2,7 +2,8 @@
 
 Inputs ``input_ids`` int64 [B, S], ``attention_mask`` int64 [B, T], optionally ``position_ids`` int64 [B, S] and the
 overridable initializers ``logits_start`` int64 [1] and ``rope_tokens`` int64 [1] or [B],
-``past_key_values.{i}.key|value`` [B, heads, capacity, head_dim]; outputs ``logits`` [B, rows, vocab_size] and
+``past_key_values.{i}.key|value`` [B, heads, capacity, head_dim]; outputs ``logits`` [B, rows, vocab_size], optionally
+``hidden_states`` [B, S, hidden_size] before the head, and
 ``present.{i}.key|value``.
 """
 
@@ -46,12 +47,14 @@ class GraphIO:
         has_logits_start: True if the head can be limited to the last rows.
         has_rope_tokens: True if the planned lengths of the rows choose the rotary factors.
         logits_width: Last axis of ``logits``, at least the manifest's ``vocab_size``.
+        hidden_size: Last axis of the optional output ``hidden_states``; None without it.
     """
 
     has_position_ids: bool
     has_logits_start: bool
     logits_width: int
     has_rope_tokens: bool = False
+    hidden_size: int | None = None
 
 
 def check_graph_io(
@@ -90,14 +93,17 @@ def check_graph_io(
         raise IncompatiblePackageError(
             f"graph output 'logits' is {width} wide, but the manifest's vocab_size is {model.vocab_size}"
         )
+    if "hidden_states" in produced:
+        _check_tensor("output", produced, "hidden_states", _FLOAT, (None, None, model.hidden_size))
     caches = 2 * model.num_hidden_layers
     _check_no_more("input", given, {"input_ids", "attention_mask", "position_ids"}, "past_key_values.", caches)
     _check_no_more("input", extra, {"logits_start", "rope_tokens"}, "past_key_values.", 0)
-    _check_no_more("output", produced, {"logits"}, "present.", caches)
+    _check_no_more("output", produced, {"logits", "hidden_states"}, "present.", caches)
     return GraphIO(
         has_position_ids="position_ids" in given,
         has_logits_start="logits_start" in extra,
         has_rope_tokens="rope_tokens" in extra,
+        hidden_size=model.hidden_size if "hidden_states" in produced else None,
         logits_width=width,
     )
 

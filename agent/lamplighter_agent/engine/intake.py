@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from lamplighter_agent.engine.detokenizer import TextCodec
+from lamplighter_agent.engine.embedding import EmbeddingSequence
 from lamplighter_agent.engine.history import History
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
@@ -83,6 +84,26 @@ class Intake:
             sequence = Sequence(request, sampler)
         self._check_width(sequence)
         return sequence
+
+    def embedding(
+        self, request_id: str, prompt: list[int], *, now: float, hidden_size: int | None, deadline_s: float | None
+    ) -> Sequence:
+        """Check a request for an embedding and return its sequence.
+
+        Raises:
+            RequestError: If the package does not give hidden states, or a token is not in the vocabulary.
+            ContextOverflowError: If the text does not fit.
+        """
+        if hidden_size is None:
+            raise RequestError(
+                "this package gives no embeddings",
+                param="model",
+                hint="build it again with this version of the builder",
+            )
+        self.check_prompt(prompt)
+        params = GenerationParams(max_tokens=1, temperature=0.0, cache_prompt=False, deadline_s=deadline_s)
+        request = Request(request_id, list(prompt), params, limit=1, decoder=self._codec, submitted_s=now)
+        return EmbeddingSequence(request, self.sampler(History(prompt), params, limit=1), hidden_size=hidden_size)
 
     def sampler(
         self, history: History, params: GenerationParams, *, limit: int, scorer: Scorer | None = None

@@ -75,13 +75,36 @@ class ModelRunner:
         """
         return self._prefill(slot, tokens, 0)
 
+    @property
+    def hidden_size(self) -> int | None:
+        """Features of a hidden state; None if the graph does not give them."""
+        return self._session.io.hidden_size
+
+    def hidden_states(self, slot: int, tokens: list[int]) -> FloatArray:
+        """Append tokens to a slot, as ``prefill``, and return their last hidden states: float32 [tokens, hidden_size].
+
+        Raises:
+            EngineError: If the runtime fails; the slot's offset is unchanged.
+        """
+        assert self.hidden_size is not None
+        hidden: FloatArray = np.empty((1, len(tokens), self.hidden_size), dtype=np.float32)
+        # A binding of its own: an output cannot be unbound again.
+        binding = self._session.bind(tuple(buffer[slot : slot + 1] for buffer in self.cache.buffers))
+        binding.set_hidden_states(hidden)
+        self._run_prefill(binding, slot, tokens, len(tokens) - 1)
+        rows: FloatArray = hidden[0]
+        return rows
+
     def _prefill(self, slot: int, tokens: list[int], start: int) -> FloatArray:
         """Append tokens and return at least the logits behind those from ``start`` on."""
-        count, past = len(tokens), self.cache.offset(slot)
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             rows = tuple(buffer[slot : slot + 1] for buffer in self.cache.buffers)
             binding = self._prefill_bindings[slot] = self._session.bind(rows)
+        return self._run_prefill(binding, slot, tokens, start)
+
+    def _run_prefill(self, binding: Binding, slot: int, tokens: list[int], start: int) -> FloatArray:
+        count, past = len(tokens), self.cache.offset(slot)
         start = start if self._session.io.has_logits_start else 0
         logits: FloatArray = np.empty((1, count - start, self._session.io.logits_width), dtype=np.float32)
         binding.set_inputs(

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from lamplighter_agent.engine.detokenizer import TextCodec
+from lamplighter_agent.engine.embedding import EmbeddingSequence
 from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.intake import EXTENSION_TOKENS, Intake
 from lamplighter_agent.engine.kv_cache import KVCache
@@ -60,6 +61,13 @@ class Runner(Protocol):
 
     def prefill_rows(self, slot: int, tokens: list[int]) -> Logits:
         """Append tokens to a slot and return the logits behind each."""
+
+    @property
+    def hidden_size(self) -> int | None:
+        """Features of a hidden state; None if there are none to be had."""
+
+    def hidden_states(self, slot: int, tokens: list[int]) -> Logits:
+        """Append tokens to a slot and return the last hidden state of each."""
 
     def decode(self, tokens: list[int]) -> Logits:
         """Append a token to each of the first slots and return a row of logits for each."""
@@ -143,7 +151,22 @@ class Scheduler:
             RequestError: If an option or a token is out of range, the id is in use (409), or the queue is full (429).
             ContextOverflowError: If the prompt leaves no room for a token.
         """
-        sequence = self.intake.sequence(request_id, prompt_tokens, params, now=self._clock(), scorer=scorer)
+        self._enqueue(self.intake.sequence(request_id, prompt_tokens, params, now=self._clock(), scorer=scorer))
+
+    def submit_embedding(self, request_id: str, tokens: list[int], *, deadline_s: float | None = None) -> None:
+        """Accept a text whose embedding is wanted; it comes with the ``Finished`` event.
+
+        Raises:
+            RequestError: If the package gives none, or as ``submit``.
+            ContextOverflowError: If the text does not fit.
+        """
+        size = self._runner.hidden_size
+        self._enqueue(
+            self.intake.embedding(request_id, tokens, now=self._clock(), hidden_size=size, deadline_s=deadline_s)
+        )
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        request_id = sequence.request_id
         if self._find(request_id) is not None:
             raise RequestError(f"request {request_id!r} is already being served", code=409, param="id")
         if sequence.width > self._loans.slots_left or self.intake.first_tokens(sequence) > self._loans.tokens_left:
@@ -272,7 +295,11 @@ class Scheduler:
         except EngineError as error:
             self._fail(sequence, error, events)
             return
-        if not sequence.in_prefill:
+        if sequence.in_prefill:
+            return
+        if isinstance(sequence, EmbeddingSequence):
+            self._close(sequence, "stop", events)
+        else:
             self._exchange(slot, self._decoding)
             self._decoding += 1
             rows = self._branch(sequence)
@@ -286,6 +313,10 @@ class Scheduler:
             rows = self._runner.prefill_rows(slot, tokens)
             request.note_prompt_logits(rows, self.intake.vocab_size)
             logits: Logits = rows[-1]
+        elif isinstance(sequence, EmbeddingSequence):
+            tokens = sequence.remaining_prompt(self._pace.tokens(others_wait=self._decoding > 0))
+            logits = self._runner.hidden_states(slot, tokens)
+            sequence.add(logits)
         else:
             tokens = sequence.remaining_prompt(self._pace.tokens(others_wait=self._decoding > 0))
             begun = self._clock()

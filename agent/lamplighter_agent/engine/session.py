@@ -157,6 +157,10 @@ class Binding:
             raise ValueError("this graph has no logits_start: bind all rows")
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
 
+    def set_hidden_states(self, hidden: FloatArray) -> None:
+        """Bind the optional output: float32 [batch, tokens, hidden_size], the last layer's, behind the final norm."""
+        self._binding.bind_ortvalue_output("hidden_states", ort.OrtValue.ortvalue_from_numpy(hidden))
+
     def run(self) -> None:
         """Compute; the bound arrays hold the results afterwards.
 

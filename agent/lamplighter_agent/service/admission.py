@@ -45,6 +45,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         params: Generation options, without a deadline.
         model: ``name`` or ``name/version`` that must be the active package; None or ``default`` takes any.
         deadline_s: Seconds from now within which it must be finished, or None for the configured time.
+        embed: Not an answer is wanted but the prompt's embedding.
         idempotent: Answer the same id of the same sender only once until its deadline is over.
     """
 
@@ -55,6 +56,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: GenerationParams
     model: str | None = None
     deadline_s: float | None = None
+    embed: bool = False
     idempotent: bool = False
 
 
@@ -86,12 +88,14 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         alternatives: One answer, or as many as the request asked for.
         package: The package that answered, ``name/version``.
+        embedding: The prompt's, if it was asked for.
     """
 
     alternatives: tuple[Alternative, ...]
     usage: Usage
     timings: Timings
     package: str
+    embedding: tuple[float, ...] | None = None
 
     @property
     def text(self) -> str:
@@ -336,7 +340,7 @@ class RequestQueue:
             if ticket.cancelled:  # since its start was decided: the worker does not know it yet
                 raise _cancelled()
             begun_s = time.monotonic()
-            async for event in worker.generate(ticket.number, request.prompt, params):
+            async for event in worker.generate(ticket.number, request.prompt, params, embed=request.embed):
                 if isinstance(event, Finished):
                     self._mean_s += _SMOOTHING * (time.monotonic() - begun_s - self._mean_s)
                     ticket.put(self._answer(event, parts, waited_s, worker))
@@ -360,6 +364,7 @@ class RequestQueue:
         self.counters.note(event.usage, timings)
         return Answer(
             alternatives=parts.alternatives(event),
+            embedding=event.embedding,
             usage=event.usage,
             timings=timings,
             package=worker.ready.package if worker.ready else "",

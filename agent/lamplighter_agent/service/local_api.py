@@ -21,6 +21,7 @@ from uvicorn.server import ServerState
 
 from lamplighter_agent.config import LocalApiConfig
 from lamplighter_agent.engine.events import TextDelta
+from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import LamplighterError, RequestError, ServiceError
 from lamplighter_agent.service import metrics, unix_socket
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
@@ -29,10 +30,11 @@ from lamplighter_agent.service.local_api_gate import Gate
 from lamplighter_agent.service.local_api_protocol import BoundedProtocol
 from lamplighter_agent.service.memory_view import MemoryReport
 from lamplighter_agent.service.messages import TelemetryMessage
-from lamplighter_agent.service.openai_answer import Answering
+from lamplighter_agent.service.openai_answer import Answering, embeddings
 from lamplighter_agent.service.openai_format import (
     ChatRequest,
     CompletionRequest,
+    EmbeddingRequest,
     JsonObject,
     TokenizeRequest,
     decode_body,
@@ -126,6 +128,7 @@ class LocalApi:
             Route("/", self._page),
             Route("/v1/chat/completions", self._chat, methods=["POST"]),
             Route("/v1/completions", self._completion, methods=["POST"]),
+            Route("/v1/embeddings", self._embeddings, methods=["POST"]),
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/tokenize", self._tokenize, methods=["POST"]),
@@ -267,6 +270,28 @@ class LocalApi:
     def _names(self) -> list[str]:
         package = self._facts.package()
         return [] if package is None else [package.partition("/")[0], package]
+
+    async def _embeddings(self, request: Request) -> Response:
+        body = decode_body(await self._read(request), EmbeddingRequest)
+        answers = []
+        for prompt in body.to_prompts():
+            ticket = self._requests.submit(
+                GenerationRequest(
+                    id=f"embd-{uuid.uuid4().hex}",
+                    sender=_SENDER,
+                    prompt=prompt,
+                    params=GenerationParams(),
+                    model=body.model,
+                    embed=True,
+                )
+            )
+            assert ticket is not None  # only idempotent requests are known already
+            event = await _unless_gone(request, ticket)
+            if isinstance(event, TextDelta) or event.embedding is None:
+                raise RequestError("the text was not computed in its time", code=408)
+            answers.append(event)
+        model = self._facts.package() or ""
+        return _json(embeddings(answers, model=model, base64=body.encoding_format == "base64"))
 
     async def _tokenize(self, request: Request) -> Response:
         body = decode_body(await self._read(request), TokenizeRequest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import binascii
+import struct
 import time
 from typing import Final
 
@@ -106,6 +108,20 @@ class Answering(msgspec.Struct, frozen=True, kw_only=True):
         if reports is None:
             return None
         return _chat_logprobs(reports) if self.chat else _completion_logprobs(reports)
+
+
+def embeddings(answers: list[Answer], *, model: str, base64: bool) -> JsonObject:
+    """Return the answer of ``/v1/embeddings``: numbers, or with ``base64`` their little-endian float32 bytes in it."""
+    data: list[JsonObject] = []
+    for index, answer in enumerate(answers):
+        vector: object = answer.embedding
+        if base64:
+            packed = struct.pack(f"<{len(answer.embedding or ())}f", *(answer.embedding or ()))
+            vector = binascii.b2a_base64(packed, newline=False).decode("ascii")
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    tokens = sum(answer.usage.prompt_tokens for answer in answers)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
 
 
 def _chat_logprobs(reports: tuple[TokenLogprob, ...]) -> JsonObject:

@@ -27,6 +27,8 @@ _ENGINE_OPTIONS: Final = frozenset(GenerationParams.__struct_fields__) - {"deadl
 # Fields that mean something else there, or that only one kind of request has.
 _DIFFERENT: Final = frozenset({"logprobs", "echo", "max_tokens"})
 
+MAX_EMBEDDED_TEXTS: Final = 256
+
 JsonObject = dict[str, object]
 _T = TypeVar("_T")
 
@@ -249,6 +251,38 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknow
             RequestError: If one is out of range.
         """
         return self.params(max_tokens=self.max_tokens, logprobs=self.logprobs, echo=self.echo)
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``/v1/embeddings``: a text, a list of texts, the token ids of one, or a list of lists of them."""
+
+    input: str | list[str | int | list[int]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+    def to_prompts(self) -> list[Prompt]:
+        """Return each text.
+
+        Raises:
+            RequestError: If there is none or too many, kinds are mixed, or other dimensions are asked for.
+        """
+        if self.dimensions is not None:
+            raise RequestError("dimensions cannot be chosen: the model decides", param="dimensions")
+        items = [self.input] if isinstance(self.input, str) else self.input
+        if not 1 <= len(items) <= MAX_EMBEDDED_TEXTS and not isinstance(items[0] if items else "", int):
+            raise RequestError(f"input must have 1 to {MAX_EMBEDDED_TEXTS} texts", param="input")
+        ids = tuple(item for item in items if isinstance(item, int))
+        if ids:
+            if len(ids) != len(items):
+                raise RequestError("input mixes token ids and texts", param="input")
+            return [Prompt(tokens=ids)]
+        return [
+            Prompt(text=item, raw=True) if isinstance(item, str) else Prompt(tokens=tuple(item))
+            for item in items
+            if not isinstance(item, int)
+        ]
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -150,7 +150,7 @@ class EngineWorker:
         return event
 
     async def generate(
-        self, request_id: str, prompt: Prompt, params: GenerationParams
+        self, request_id: str, prompt: Prompt, params: GenerationParams, *, embed: bool = False
     ) -> AsyncGenerator[TextDelta | Finished, None]:
         """Run a request; the last event is ``Finished``. Closing the iterator early cancels the request.
 
@@ -164,7 +164,7 @@ class EngineWorker:
         stream = self._open(request_id)
         finished = False
         try:
-            await self._send(Generate(request_id=request_id, prompt=prompt, params=params))
+            await self._send(Generate(request_id=request_id, prompt=prompt, params=params, embed=embed))
             while not finished:
                 event = await stream.get()
                 if isinstance(event, Refused):

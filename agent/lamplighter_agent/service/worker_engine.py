@@ -61,6 +61,14 @@ class PackageEngine:
         self._engine.guard.admit()
         self._engine.scheduler.submit(request_id, tokens, params)
 
+    def submit_embedding(self, request_id: str, tokens: list[int], *, deadline_s: float | None) -> None:
+        """Accept a text whose embedding is wanted.
+
+        Raises:
+            RequestError: If it cannot be served.
+        """
+        self._engine.scheduler.submit_embedding(request_id, tokens, deadline_s=deadline_s)
+
     def cancel(self, request_id: str) -> None:
         """End a request early."""
         self._engine.scheduler.cancel(request_id)

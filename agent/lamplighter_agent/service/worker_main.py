@@ -83,6 +83,9 @@ class ServedEngine(Protocol):
     def submit(self, request_id: str, tokens: list[int], params: GenerationParams) -> None:
         """Accept a request."""
 
+    def submit_embedding(self, request_id: str, tokens: list[int], *, deadline_s: float | None) -> None:
+        """Accept a text whose embedding is wanted."""
+
     def cancel(self, request_id: str) -> None:
         """End a request early."""
 
@@ -181,6 +184,11 @@ class WorkerProcess:
 
     def _handle(self, engine: ServedEngine, command: Command) -> None:
         match command:
+            case Generate(request_id=request_id, prompt=prompt, params=params, embed=True):
+                self._try(
+                    request_id,
+                    lambda: engine.submit_embedding(request_id, engine.encode(prompt), deadline_s=params.deadline_s),
+                )
             case Generate(request_id=request_id, prompt=prompt, params=params):
                 self._try(request_id, lambda: engine.submit(request_id, engine.encode(prompt), params))
             case Cancel(request_id=request_id):

@@ -72,11 +72,15 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Start a request; ``TextDelta`` events follow, then ``Finished`` or ``Failed``; or ``Refused`` at once."""
+    """Start a request; ``TextDelta`` events follow, then ``Finished`` or ``Failed``; or ``Refused`` at once.
+
+    With ``embed`` the prompt's embedding is wanted, which ``Finished`` brings.
+    """
 
     request_id: str
     prompt: Prompt
     params: GenerationParams
+    embed: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):

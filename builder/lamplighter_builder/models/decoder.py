@@ -180,6 +180,8 @@ class CausalLM:
         with graph.scope("lm_head"):
             logits = self.emit_head(graph, embedding, _from_row(graph, hidden, logits_start))
         graph.publish(logits, "logits", np.float32, ["batch_size", "logits_length", config.vocab_size])
+        # For embeddings. It is computed anyway, and a caller that does not bind it pays nothing.
+        graph.publish(hidden, "hidden_states", np.float32, ["batch_size", "sequence_length", config.hidden_size])
         for index, cache in enumerate(present):
             self._publish(graph, index, cache)
 

@@ -83,7 +83,8 @@ def test_a_missing_input_is_refused_by_name(name: str) -> None:
         (infos(("logits", FLOAT, ("b", "s", 255))), "'logits' is 255 wide, but the manifest's vocab_size is 256"),
         (infos(("logits", FLOAT, ("b", "s", "v"))), "'logits' is v wide"),
         (infos(("present.0.key", FLOAT, ("b", 2, "t", 32))), "output 'present.0.key'"),
-        (infos(("hidden_states", FLOAT, ("b", "s", 64))), "unknown output 'hidden_states'"),
+        (infos(("hidden_states", FLOAT, ("b", "s", 1))), "output 'hidden_states'"),
+        (infos(("attentions", FLOAT, ("b", "s", 64))), "unknown output 'attentions'"),
     ],
 )
 def test_a_wrong_output_is_refused_by_name(change: Infos, message: str) -> None:

@@ -133,6 +133,21 @@ def test_beams_come_best_first_with_their_scores(client: openai.OpenAI) -> None:
     assert scores[0] >= scores[1]
 
 
+def test_embeddings_of_texts_and_tokens(client: openai.OpenAI) -> None:
+    texts = ["a lamp", "a lamp at night", "a lamp"]
+    answer = client.embeddings.create(model="tiny", input=texts)
+    vectors = [item.embedding for item in answer.data]
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-6)
+    assert vectors[0] != pytest.approx(vectors[1], abs=1e-3)
+    assert sum(value * value for value in vectors[0]) == pytest.approx(1.0, abs=1e-5)
+    numbers = client.embeddings.create(model="tiny", input=[5, 6, 7], encoding_format="float")
+    assert (len(numbers.data), numbers.usage.prompt_tokens) == (1, 3)
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model="tiny", input="x", dimensions=8)
+    assert caught.value.param == "dimensions"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
