@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -34,13 +35,30 @@ class Fields:
         return self._read(key, int, "a whole number", default)
 
     def number(self, key: str, *, default: float | None = None) -> float:
-        """Return a number, ``default`` if the field is missing or null.
+        """Return a finite number, ``default`` if the field is missing or null.
 
         Raises:
-            CheckpointError: If it is of another type, or missing without a default.
+            CheckpointError: If it is of another type, NaN or infinite, or missing without a default.
         """
         value = self.values.get(key)
-        return float(value) if type(value) is int else self._read(key, float, "a number", default)
+        try:
+            number = float(value) if type(value) is int else self._read(key, float, "a number", default)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise CheckpointError(f"{self.origin}: {key} is {value!r}, but must be a finite number")
+        return number
+
+    def positive(self, key: str, *, default: float | None = None) -> float:
+        """Return a number above zero, ``default`` if the field is missing or null.
+
+        Raises:
+            CheckpointError: If it is of another type, not above zero, or missing without a default.
+        """
+        number = self.number(key, default=default)
+        if number <= 0:
+            raise CheckpointError(f"{self.origin}: {key} is {number:g}, but must be above zero")
+        return number
 
     def text(self, key: str, *, default: str | None = None) -> str:
         """Return a string, ``default`` if the field is missing or null.

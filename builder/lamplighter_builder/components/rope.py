@@ -264,7 +264,7 @@ def read_rope(config: Fields, rotary_dim: int, *, default_theta: float = 10000.0
     """
     nested = config.section("rope_parameters") or config.section("rope_scaling")
     owner = nested if nested is not None and nested.has("rope_theta") else config
-    return make_rope(config, nested, theta=owner.number("rope_theta", default=default_theta), rotary_dim=rotary_dim)
+    return make_rope(config, nested, theta=owner.positive("rope_theta", default=default_theta), rotary_dim=rotary_dim)
 
 
 def read_partial_rotary_dim(config: Fields, head_dim: int, *, default: float) -> int:
@@ -303,12 +303,12 @@ def make_rope(config: Fields, nested: Fields | None, *, theta: float, rotary_dim
     if nested is None or rope_type == "default":
         return Rope(theta, rotary_dim)
     if rope_type == "linear":
-        return Rope(theta, rotary_dim, nested.number("factor"))
+        return Rope(theta, rotary_dim, nested.positive("factor"))
     if rope_type == "llama3":
         return Llama3Rope(
             theta,
             rotary_dim,
-            nested.number("factor"),
+            nested.positive("factor"),
             nested.number("low_freq_factor"),
             nested.number("high_freq_factor"),
             _original_context(config, nested),
@@ -324,7 +324,7 @@ def make_rope(config: Fields, nested: Fields | None, *, theta: float, rotary_dim
 
 def _yarn(config: Fields, nested: Fields, theta: float, rotary_dim: int) -> YarnRope:
     original = _original_context(config, nested)
-    factor = nested.number("factor", default=config.integer("max_position_embeddings") / original)
+    factor = nested.positive("factor", default=config.integer("max_position_embeddings") / original)
     mscale, mscale_all = nested.number("mscale", default=0.0), nested.number("mscale_all_dim", default=0.0)
     if mscale and mscale_all:
         attention = _yarn_amplitude(factor, mscale) / _yarn_amplitude(factor, mscale_all)
@@ -348,7 +348,7 @@ def _yarn_amplitude(factor: float, mscale: float) -> float:
 
 def _longrope(config: Fields, nested: Fields, theta: float, rotary_dim: int) -> LongRope:
     original = _original_context(config, nested)
-    factor = nested.number("factor", default=config.integer("max_position_embeddings") / original)
+    factor = nested.positive("factor", default=config.integer("max_position_embeddings") / original)
     amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     amplitude = nested.number("attention_factor", default=amplitude)
     return LongRope(
@@ -373,7 +373,9 @@ def _factors(nested: Fields, key: str, rotary_dim: int) -> tuple[float, ...]:
 
 def _original_context(config: Fields, nested: Fields) -> int:
     """Return the context before scaling; the field of the whole config goes before that of the section."""
-    for owner in (config, nested):
-        if owner.has("original_max_position_embeddings"):
-            return owner.integer("original_max_position_embeddings")
-    return config.integer("max_position_embeddings")
+    key = "original_max_position_embeddings"
+    owner = next((owner for owner in (config, nested) if owner.has(key)), config)
+    value = owner.integer(key, default=config.integer("max_position_embeddings"))
+    if value < 2:
+        raise CheckpointError(f"{owner.origin}: {key} is {value}, but must be 2 or more")
+    return value

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Final, TypedDict
 
-from lamplighter_agent.errors import UnsupportedModelError
+from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
 from lamplighter_builder.fields import Fields
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
+_MOST: Final = 2**31 - 1
+_MOST_LAYERS: Final = 4096
+"""A damaged config must not make a build that never ends."""
 
 
 class Sizes(TypedDict):
@@ -27,19 +30,36 @@ def read_sizes(config: Fields) -> Sizes:
     """Read the sizes; ``head_dim`` is ``hidden_size / num_attention_heads`` where it is not given.
 
     Raises:
-        CheckpointError: If a field is missing or of another type.
+        CheckpointError: If a field is missing, of another type or out of range.
     """
-    hidden_size, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    hidden_size, heads = read_size(config, "hidden_size"), read_size(config, "num_attention_heads")
+    key_heads = read_size(config, "num_key_value_heads", default=heads)
+    if heads % key_heads:
+        raise CheckpointError(
+            f"{config.origin}: {heads} num_attention_heads cannot share {key_heads} num_key_value_heads"
+        )
     return Sizes(
         hidden_size=hidden_size,
-        intermediate_size=config.integer("intermediate_size"),
-        num_hidden_layers=config.integer("num_hidden_layers"),
+        intermediate_size=read_size(config, "intermediate_size"),
+        num_hidden_layers=read_size(config, "num_hidden_layers", most=_MOST_LAYERS),
         num_attention_heads=heads,
-        num_key_value_heads=config.integer("num_key_value_heads", default=heads),
-        head_dim=config.integer("head_dim", default=hidden_size // heads),
-        vocab_size=config.integer("vocab_size"),
-        max_position_embeddings=config.integer("max_position_embeddings"),
+        num_key_value_heads=key_heads,
+        head_dim=read_size(config, "head_dim", default=hidden_size // heads),
+        vocab_size=read_size(config, "vocab_size"),
+        max_position_embeddings=read_size(config, "max_position_embeddings"),
     )
+
+
+def read_size(config: Fields, key: str, *, default: int | None = None, most: int = _MOST) -> int:
+    """Read a number of things, of which there is at least one and at most ``most``.
+
+    Raises:
+        CheckpointError: If the field is missing, of another type or out of range.
+    """
+    value = config.integer(key, default=default)
+    if not 1 <= value <= most:
+        raise CheckpointError(f"{config.origin}: {key} is {value}, but must be from 1 to {most}")
+    return value
 
 
 def read_window(config: Fields, *, default: int | None = None) -> int | None:
@@ -50,7 +70,7 @@ def read_window(config: Fields, *, default: int | None = None) -> int | None:
     """
     if "sliding_window" not in config.values:
         return default
-    return config.integer("sliding_window") if config.has("sliding_window") else None
+    return read_size(config, "sliding_window") if config.has("sliding_window") else None
 
 
 def read_sliding_layers(config: Fields, default: list[str]) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def read_config(config: Fields) -> DecoderConfig:
     return DecoderConfig(
         **sizes,
         model_type="gemma",
-        norm_epsilon=config.number("rms_norm_eps"),
+        norm_epsilon=config.positive("rms_norm_eps"),
         activation=read_gemma_activation(config),
         rope=read_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=True),

@@ -48,7 +48,7 @@ def read_config(config: Fields) -> Gemma2Config:
     return Gemma2Config(
         **sizes,
         model_type="gemma2",
-        norm_epsilon=config.number("rms_norm_eps"),
+        norm_epsilon=config.positive("rms_norm_eps"),
         activation=read_gemma_activation(config),
         rope=read_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=True),
@@ -56,7 +56,7 @@ def read_config(config: Fields) -> Gemma2Config:
         attention_output_bias=bias,
         sliding_window=window,
         sliding_layers=None if window is None else read_sliding_layers(config, alternating),
-        attention_scale=config.number("query_pre_attn_scalar") ** -0.5,
+        attention_scale=config.positive("query_pre_attn_scalar") ** -0.5,
         attention_softcap=read_softcap(config, "attn_logit_softcapping"),
         logits_softcap=read_softcap(config, "final_logit_softcapping"),
     )

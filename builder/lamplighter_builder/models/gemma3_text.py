@@ -61,7 +61,7 @@ def read_config(config: Fields) -> Gemma3TextConfig:
     return Gemma3TextConfig(
         **sizes,
         model_type="gemma3_text",
-        norm_epsilon=config.number("rms_norm_eps"),
+        norm_epsilon=config.positive("rms_norm_eps"),
         activation=read_gemma_activation(config),
         rope=rope,
         local_rope=local_rope,
@@ -70,7 +70,7 @@ def read_config(config: Fields) -> Gemma3TextConfig:
         attention_output_bias=bias,
         sliding_window=window,
         sliding_layers=read_sliding_layers(config, pattern),
-        attention_scale=config.number("query_pre_attn_scalar") ** -0.5,
+        attention_scale=config.positive("query_pre_attn_scalar") ** -0.5,
         attention_softcap=None,
         logits_softcap=read_softcap(config, "final_logit_softcapping"),
     )
@@ -86,19 +86,19 @@ def read_ropes(config: Fields, head_dim: int) -> tuple[Rope, Rope]:
     nested = config.section("rope_parameters")
     whole = None if nested is None else nested.section("full_attention")
     local = None if nested is None else nested.section("sliding_attention")
-    theta = config.number("rope_theta", default=1_000_000.0)
-    local_theta = config.number("rope_local_base_freq", default=10_000.0)
+    theta = config.positive("rope_theta", default=1_000_000.0)
+    local_theta = config.positive("rope_local_base_freq", default=10_000.0)
     return (
         make_rope(
             config,
             whole or config.section("rope_scaling"),
-            theta=theta if whole is None else whole.number("rope_theta", default=theta),
+            theta=theta if whole is None else whole.positive("rope_theta", default=theta),
             rotary_dim=head_dim,
         ),
         make_rope(
             config,
             local,
-            theta=local_theta if local is None else local.number("rope_theta", default=local_theta),
+            theta=local_theta if local is None else local.positive("rope_theta", default=local_theta),
             rotary_dim=head_dim,
         ),
     )

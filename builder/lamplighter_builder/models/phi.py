@@ -40,7 +40,7 @@ def read_config(config: Fields) -> PhiConfig:
     return PhiConfig(
         **sizes,
         model_type="phi",
-        norm_epsilon=config.number("layer_norm_eps"),
+        norm_epsilon=config.positive("layer_norm_eps"),
         activation=find_activation(config.text("hidden_act")),
         rope=read_rope(config, read_partial_rotary_dim(config, sizes["head_dim"], default=0.5)),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),

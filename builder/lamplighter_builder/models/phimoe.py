@@ -16,7 +16,7 @@ from lamplighter_builder.components.moe import EXPERTS_PER_TOKEN, ExpertsSpec, S
 from lamplighter_builder.components.norm import LayerNorm, Norm
 from lamplighter_builder.components.rope import LongRope, Rope, read_rope
 from lamplighter_builder.fields import Fields
-from lamplighter_builder.models.common import read_sizes, read_window
+from lamplighter_builder.models.common import read_size, read_sizes, read_window
 from lamplighter_builder.models.decoder import Architecture, CausalLM, DecoderConfig, DecoderLayer, Layer, Parts
 
 
@@ -45,7 +45,7 @@ def read_config(config: Fields) -> PhimoeConfig:
     return PhimoeConfig(
         **sizes,
         model_type="phimoe",
-        norm_epsilon=config.number("rms_norm_eps"),
+        norm_epsilon=config.positive("rms_norm_eps"),
         activation=find_activation(config.text("hidden_act")),
         rope=_read_scaled_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
@@ -53,7 +53,7 @@ def read_config(config: Fields) -> PhimoeConfig:
         attention_output_bias=bias,
         head_bias=config.flag("lm_head_bias", default=False),
         sliding_window=read_window(config),
-        num_local_experts=config.integer("num_local_experts"),
+        num_local_experts=read_size(config, "num_local_experts", most=1024),
         router_jitter_noise=config.number("router_jitter_noise", default=0.01),
     )
 

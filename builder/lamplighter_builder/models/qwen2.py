@@ -25,7 +25,7 @@ def read_config(config: Fields) -> DecoderConfig:
     return DecoderConfig(
         **sizes,
         model_type="qwen2",
-        norm_epsilon=config.number("rms_norm_eps"),
+        norm_epsilon=config.positive("rms_norm_eps"),
         activation=find_activation(config.text("hidden_act")),
         rope=read_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
