@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ def _place(path: Path, name: str, entry: _Entry, start: int, size: int) -> Store
             f"{path}: {size} bytes, but tensor {name} should end at {start + end}", hint="download it again"
         )
     dtype = _DTYPES.get(entry.dtype)
-    expected = None if dtype is None else int(np.prod(entry.shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    expected = None if dtype is None else math.prod(entry.shape) * np.dtype(dtype).itemsize
     if expected is not None and expected != end - begin:
         raise CheckpointError(f"{path}: tensor {name} of shape {entry.shape} has {end - begin} bytes, not {expected}")
     return StoredTensor(path, start + begin, end - begin, TensorInfo(entry.shape, entry.dtype))

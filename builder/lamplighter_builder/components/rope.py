@@ -374,8 +374,8 @@ def _factors(nested: Fields, key: str, rotary_dim: int) -> tuple[float, ...]:
 def _original_context(config: Fields, nested: Fields) -> int:
     """Return the context before scaling; the field of the whole config goes before that of the section."""
     key = "original_max_position_embeddings"
-    owner = next((owner for owner in (config, nested) if owner.has(key)), config)
-    value = owner.integer(key, default=config.integer("max_position_embeddings"))
+    owner = next((owner for owner in (config, nested) if owner.has(key)), None)
+    value = config.integer("max_position_embeddings") if owner is None else owner.integer(key)
     if value < 2:
-        raise CheckpointError(f"{owner.origin}: {key} is {value}, but must be 2 or more")
+        raise CheckpointError(f"{(owner or config).origin}: {key} is {value}, but must be 2 or more")
     return value
