@@ -19,9 +19,10 @@ from typing import Final, Literal
 import msgspec
 
 from lamplighter_agent.engine.events import Finished, TextDelta
-from lamplighter_agent.engine.memory import read_machine_memory
+from lamplighter_agent.engine.memory import plan_memory, read_machine_memory
+from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.errors import LamplighterError, RequestError, WorkerError
+from lamplighter_agent.errors import LamplighterError, MemoryBudgetError, RequestError, WorkerError
 from lamplighter_agent.package.manifest import Manifest, SelfTest
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.worker import EngineWorker, WorkerSpec
@@ -109,7 +110,7 @@ class PackageRunner:
         """
         async with self._switching:
             before = self._path
-            stop_first = before is not None and manifest is not None and not _fits(manifest)
+            stop_first = before is not None and manifest is not None and not _fits(manifest, self._spec.options)
             if stop_first:
                 logger.info("memory holds one package only: the old one is stopped first")
                 await self._stop_serving("switching")
@@ -136,7 +137,7 @@ class PackageRunner:
         """
         async with self._switching:
             before = self._path
-            stop_first = before is not None and not _fits(manifest)
+            stop_first = before is not None and not _fits(manifest, self._spec.options)
             if stop_first:
                 await self._stop_serving("switching")
             worker = EngineWorker(msgspec.structs.replace(self._spec, package=package))
@@ -266,10 +267,14 @@ async def _self_test(worker: EngineWorker, test: SelfTest) -> tuple[tuple[int, .
     raise WorkerError("a self-test ended without a result")
 
 
-def _fits(manifest: Manifest) -> bool:
-    """Tell whether another worker fits beside the one that runs."""
-    needed = manifest.memory.weights_bytes + manifest.memory.prefill_scratch_bytes
-    return needed < read_machine_memory().available_bytes
+def _fits(manifest: Manifest, options: EngineOptions) -> bool:
+    """Tell whether another worker fits beside the one that runs: whether there is a memory plan for what is free."""
+    free = msgspec.structs.replace(read_machine_memory(), process_bytes=0)
+    try:
+        plan_memory(manifest, free, options)
+    except MemoryBudgetError:
+        return False
+    return True
 
 
 def _delay(failures: int) -> float:

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_INTERRUPTIONS = 3
 _MAX_CUT_OFFS = 30
-_HOOK_GRACE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,13 +140,13 @@ class Course:
         interrupt.run(
             partial(self._hooks.prepare, package.path, package.manifest, interrupt),
             f"preparing {package.reference}",
-            grace_s=_HOOK_GRACE_S,
+            grace_s=self._options.hook_grace_s,
         )
         attempt.enter(UpdateState.TRYING)
         measurement = interrupt.run(
             partial(self._hooks.trial, package.path, package.manifest, interrupt),
             f"trying {package.reference}",
-            grace_s=_HOOK_GRACE_S,
+            grace_s=self._options.hook_grace_s,
         )
         limits = (attempt.desired.policy.limits, self._options.limits)
         verdict = judge_trial(package.manifest, measurement, *limits)
@@ -168,7 +167,7 @@ class Course:
             self._probation.begin(probation)
         try:
             self._store.activate(reference)
-            switch(self._hooks, reference, attempt.interrupt)
+            switch(self._hooks, reference, attempt.interrupt, self._options.hook_grace_s)
         except Exception as error:
             # Whatever kept the service from switching, defects included, the link must not name what it does not run.
             if before != reference:
@@ -228,7 +227,7 @@ class Course:
             logger.warning("the store could not be pruned: %s", error)
 
 
-def switch(hooks: UpdateHooks, reference: PackageRef, interrupt: Interrupt) -> None:
+def switch(hooks: UpdateHooks, reference: PackageRef, interrupt: Interrupt, grace_s: float) -> None:
     """Have the service switch over; a switch that does not end in time is left behind.
 
     Raises:
@@ -236,7 +235,7 @@ def switch(hooks: UpdateHooks, reference: PackageRef, interrupt: Interrupt) -> N
         UpdateCancelledError: If the agent ends.
         Exception: Whatever kept the service from switching.
     """
-    interrupt.run(partial(hooks.activate, reference, interrupt), f"activating {reference}", grace_s=_HOOK_GRACE_S)
+    interrupt.run(partial(hooks.activate, reference, interrupt), f"activating {reference}", grace_s=grace_s)
 
 
 def _end_of(attempt: Attempt, error: LamplighterError) -> UpdateState:

@@ -47,6 +47,7 @@ class UpdateOptions:
         progress_interval_s: Time between two progress reports.
         deadlines: Longest time of each state.
         limits: What this device asks of every package, besides what the manifest and the request ask.
+        hook_grace_s: Time for a hook to end by itself once the update must end; then it is left behind.
         window: Time of day in which a package may be tried and activated, or None for any time.
     """
 
@@ -56,4 +57,5 @@ class UpdateOptions:
     progress_interval_s: float = 1.0
     deadlines: StateDeadlines = field(default_factory=StateDeadlines)
     limits: TrialLimits = field(default_factory=TrialLimits)
+    hook_grace_s: float = 10.0
     window: str | None = None

@@ -206,7 +206,7 @@ class Updater:
             self._note_request("rollback_requested", desired)
             interrupt.limit(self._options.deadlines.activating_s, f"rolling back to {package.reference}")
             try:
-                switch(self._hooks, package.reference, interrupt)
+                switch(self._hooks, package.reference, interrupt, self._options.hook_grace_s)
             except Exception:
                 # Whatever kept the service from switching, the link must not name what it does not run.
                 if left is not None:
@@ -258,7 +258,7 @@ class Updater:
         changed = turn.package is not None and turn.package != before
         if turn.package is not None and changed:
             interrupt.limit(self._options.deadlines.activating_s, f"switching to {turn.package}")
-            switch(self._hooks, turn.package, interrupt)
+            switch(self._hooks, turn.package, interrupt, self._options.hook_grace_s)
         return UpdateOutcome(report=turn.report, changed=changed)
 
     @contextmanager

@@ -106,7 +106,7 @@ def test_a_switch_that_fails_leaves_or_brings_back_the_old_package(
 ) -> None:
     one, two, manifest = packages
     (two / "refuse-to-load").touch()
-    monkeypatch.setattr(runner_module, "_fits", lambda _manifest: room)
+    monkeypatch.setattr(runner_module, "_fits", lambda _manifest, _options: room)
 
     async def scenario(bench: Bench) -> None:
         await bench.runner.switch(one)
@@ -122,7 +122,7 @@ def test_where_memory_holds_one_package_the_trial_stops_the_other_for_its_time(
     spec: WorkerSpec, packages: tuple[Path, Path, Manifest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two, manifest = packages
-    monkeypatch.setattr(runner_module, "_fits", lambda _manifest: False)
+    monkeypatch.setattr(runner_module, "_fits", lambda _manifest, _options: False)
 
     async def scenario(bench: Bench) -> None:
         await bench.runner.switch(one)

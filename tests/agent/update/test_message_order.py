@@ -41,7 +41,7 @@ def server(beginning: Path) -> Iterator[PackageServer]:
         yield made
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(order=st.lists(st.sampled_from([*WISHES, RESTART]), min_size=1, max_size=7))
 def test_repeated_reordered_and_replayed_wishes_are_harmless(
     beginning: Path, server: PackageServer, keys: KeyDirectory, order: list[Desired | str]

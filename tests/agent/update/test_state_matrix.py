@@ -158,6 +158,7 @@ class Box:
         options = UpdateOptions(
             download=PATIENT,
             deadlines=deadlines,
+            hook_grace_s=0.1,
             window="00:00-01:00" if self.state == "waiting" and not self.window_opens.is_set() else None,
         )
         return Updater(
