@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamplighter_agent.engine.events import Event, Finished, FinishReason
+from lamplighter_agent.engine.request import Request
 from lamplighter_agent.engine.sampling import Sampler
-from lamplighter_agent.engine.sequence import Request, Sequence
+from lamplighter_agent.engine.sequence import Sequence
 
 
 class EmbeddingSequence(Sequence):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,29 +19,26 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lamplighter_agent.engine.cache_graph import cache_scales
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
 from lamplighter_agent.engine.heap import trim_heap
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.live import LiveSequence
+from lamplighter_agent.engine.loading import check_target, make_cache, open_prefix_files, open_prepared
 from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
 from lamplighter_agent.engine.options import MIN_CONTEXT_TOKENS, EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.pinned import pinned_tokens, warm
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.prefix_files import PrefixFiles
-from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
 from lamplighter_agent.engine.pressure import MemoryGuard
-from lamplighter_agent.engine.rotation import key_rotations
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.sampling import Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
-from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
+from lamplighter_agent.engine.session import ModelSession, check_operators
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
-from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError, RequestError
+from lamplighter_agent.errors import EngineError, RequestError
 from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
 from lamplighter_agent.package.layout import MODEL_NAME
-from lamplighter_agent.package.manifest import CacheDtype, Manifest, read_manifest
+from lamplighter_agent.package.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +108,7 @@ class Engine:
         self.plan = plan
         self.threads = threads
         self.prepared = prepared
-        cache = _make_cache(manifest, plan)
+        cache = make_cache(manifest, plan)
         self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
         source = None if self._prefix_files is None else self._prefix_files.recall
         self.prefixes = PrefixCache(cache.spec, max_bytes=plan.prefix_cache_bytes, source=source)
@@ -159,14 +155,14 @@ class Engine:
         options = EngineOptions() if options is None else options
         options.validate()
         manifest = read_manifest(package)
-        _check_target(manifest)
+        check_target(manifest)
         plan = plan_memory(manifest, read_machine_memory(), options)
         threads = options.threads or physical_cores()
         tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
         session = (
             None
             if prepared_root is None
-            else _open_prepared(package, prepared_root, manifest, threads, plan.kv_cache_dtype)
+            else open_prepared(package, prepared_root, manifest, threads, plan.kv_cache_dtype)
         )
         prepared = session is not None
         if session is None:
@@ -174,7 +170,7 @@ class Engine:
             session = ModelSession(package / MODEL_NAME, manifest, threads=threads, cache_dtype=plan.kv_cache_dtype)
         files = None
         if prefix_root is not None and options.prefix_disk_bytes:
-            files = _prefix_files(package, prefix_root, manifest, plan, options.prefix_disk_bytes)
+            files = open_prefix_files(package, prefix_root, manifest, plan, options.prefix_disk_bytes)
         trim_heap()
         return cls(
             manifest,
@@ -371,75 +367,3 @@ def _token(event: TextDelta) -> Token:
     return Token(
         text=event.text, token_ids=event.token_ids, logprobs=event.logprobs or (), index=event.index, echo=event.echo
     )
-
-
-def _check_target(manifest: Manifest) -> None:
-    target = manifest.target
-    if target.execution_provider != "cpu":
-        raise IncompatiblePackageError(
-            f"{manifest.reference} is built for {target.execution_provider!r}, but this engine runs 'cpu'",
-            hint="build the package with -e cpu",
-        )
-    installed = onnxruntime_version()
-    if _version(installed) < _version(target.min_onnxruntime):
-        raise IncompatiblePackageError(
-            f"{manifest.reference} needs onnxruntime {target.min_onnxruntime}, but {installed} is installed",
-            hint="update the agent",
-        )
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """Return the leading ``major.minor`` of a version as numbers; parts that are no numbers count as 0."""
-    return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
-
-
-def _make_cache(manifest: Manifest, plan: MemoryPlan) -> KVCache:
-    scales = None
-    if plan.kv_cache_dtype == "int8" and manifest.cache_scales is not None:
-        scales = tuple(key for key, _ in cache_scales(manifest.cache_scales, manifest.model))
-    return KVCache(
-        CacheSpec.from_model(manifest.model, plan.kv_cache_dtype),
-        slots=plan.slots,
-        capacity=plan.max_context_tokens,
-        rotations=key_rotations(manifest.model, scales),
-    )
-
-
-def _prefix_files(package: Path, root: Path, manifest: Manifest, plan: MemoryPlan, max_bytes: int) -> PrefixFiles:
-    key, spec = prepared_key(package), CacheSpec.from_model(manifest.model, plan.kv_cache_dtype)
-    return PrefixFiles(
-        root,
-        f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec}",
-        spec,
-        vocab_size=manifest.model.vocab_size,
-        max_bytes=max_bytes,
-    )
-
-
-def _open_prepared(
-    package: Path, root: Path, manifest: Manifest, threads: int, cache_dtype: CacheDtype
-) -> ModelSession | None:
-    """Open the prepared copy; None, with the reason logged, if it cannot be used.
-
-    The hashes are computed while onnxruntime loads: nothing runs on the copy before they agree.
-    """
-    key = prepared_key(package)
-    directory = prepared_directory(root, key)
-    reason = check_prepared(directory, key)
-    if reason is not None:
-        logger.warning("the package is loaded as built: %s", reason)
-        return None
-    damaged: list[str | None] = []
-    hashing = threading.Thread(target=lambda: damaged.append(damaged_file(directory)), name="hash-prepared")
-    hashing.start()
-    try:
-        session = ModelSession(directory / MODEL_NAME, manifest, threads=threads, cache_dtype=cache_dtype)
-    except (PackageError, EngineError) as error:
-        logger.warning("the package is loaded as built: the prepared copy does not open: %s", error.message)
-        session = None
-    finally:
-        hashing.join()
-    if damaged != [None]:
-        logger.warning("the package is loaded as built: %s in %s is damaged", damaged, directory)
-        return None
-    return session

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from lamplighter_agent.engine.beam_sequence import BeamSequence
 from lamplighter_agent.engine.detokenizer import TextCodec
 from lamplighter_agent.engine.embedding import EmbeddingSequence
 from lamplighter_agent.engine.history import History
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.request import Request
 from lamplighter_agent.engine.sampling import Hooks, Sampler, Scorer
-from lamplighter_agent.engine.sequence import BeamSequence, Request, Sequence
+from lamplighter_agent.engine.sequence import Sequence
 from lamplighter_agent.engine.words import resolve_words
 from lamplighter_agent.errors import ContextOverflowError, RequestError
 from lamplighter_agent.package.manifest import GenerationDefaults

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from lamplighter_agent.engine.beam_sequence import BeamSequence
 from lamplighter_agent.engine.detokenizer import TextCodec
 from lamplighter_agent.engine.embedding import EmbeddingSequence
 from lamplighter_agent.engine.events import Event, Failed, FinishReason
@@ -31,7 +32,7 @@ from lamplighter_agent.engine.pace import ChunkPace
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
 from lamplighter_agent.engine.sampling import Scorer
-from lamplighter_agent.engine.sequence import BeamSequence, Sequence, chunk_length
+from lamplighter_agent.engine.sequence import Sequence, chunk_length
 from lamplighter_agent.engine.speculation import WIDTHS, Speculator, StepCosts
 from lamplighter_agent.engine.truncation import Logits
 from lamplighter_agent.errors import EngineError, RequestError

@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import secrets
 
-import msgspec
-
-from lamplighter_agent.engine.beam import BeamSearch, Hypothesis, place_beams
-from lamplighter_agent.engine.detokenizer import StopStrings, StreamingDetokenizer, TextCodec
+from lamplighter_agent.engine.detokenizer import StopStrings, StreamingDetokenizer
 from lamplighter_agent.engine.events import (
     Choice,
     Event,
-    Finished,
     FinishReason,
     TextDelta,
-    Timings,
-    TokenLogprob,
-    Usage,
 )
-from lamplighter_agent.engine.params import MAX_SEED, GenerationParams
+from lamplighter_agent.engine.params import MAX_SEED
+from lamplighter_agent.engine.request import Request
 from lamplighter_agent.engine.sampling import Sampler
 from lamplighter_agent.engine.speculation import Speculator
-from lamplighter_agent.engine.truncation import Logits, log_probability
+from lamplighter_agent.engine.truncation import Logits
 
 _CONTEXT_TOKENS = 8
 
@@ -37,123 +31,6 @@ def chunk_length(remaining: int, most: int) -> int:
     So the logits behind a prompt are the same to the last bit however it was cut and whatever was cached of it.
     """
     return most - 1 if remaining == most + 1 and most > 2 else min(remaining, most)
-
-
-class Request:
-    """What all answers of a request share: the times, and the answers that have ended.
-
-    Args:
-        request_id: Its id.
-        prompt: Token ids of the prompt.
-        params: Options with the package's defaults filled in.
-        limit: Tokens that each answer may have at most.
-        decoder: Turns tokens into text.
-        submitted_s: Monotonic time of its submission.
-
-    Attributes:
-        cached: Prompt tokens that were in the cache before and not computed.
-        started_s: Monotonic time at which it got a slot.
-        drafted: Tokens that were guessed.
-        accepted: Those of them that were drawn then.
-    """
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt: list[int],
-        params: GenerationParams,
-        *,
-        limit: int,
-        decoder: TextCodec,
-        submitted_s: float,
-    ) -> None:
-        self.id = request_id
-        self.prompt = prompt
-        self.params = params
-        self.limit = limit
-        self.decoder = decoder
-        self.cached = 0
-        self.drafted = 0
-        self.accepted = 0
-        self.started_s = submitted_s
-        self._submitted_s = submitted_s
-        self._started = False
-        self._first_token_s: float | None = None
-        self._last_token_s = submitted_s
-        self._choices: dict[int, Choice] = {}
-        self._prompt_logprobs: list[TokenLogprob] = []
-
-    def start(self, now: float) -> None:
-        """Note that the request got a slot."""
-        self.started_s = now
-        self._started = True
-
-    def note_token(self, now: float) -> None:
-        """Note that a token was drawn."""
-        self._last_token_s = now
-        if self._first_token_s is None:
-            self._first_token_s = now
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        """True if the logits behind every token of the prompt are needed."""
-        return self.params.echo and self.params.logprobs is not None
-
-    def note_prompt_logits(self, rows: Logits, vocab_size: int) -> None:
-        """Take the logits [n, width] behind the next ``n`` tokens of the prompt."""
-        count = self.params.logprobs or 0
-        for row, token_id in zip(rows, self.prompt[len(self._prompt_logprobs) + 1 :], strict=False):
-            self._prompt_logprobs.append(self.named(log_probability(row[:vocab_size], token_id, count)))
-
-    def echo(self, index: int) -> TextDelta:
-        """Return the prompt as the beginning of an answer."""
-        reports = None
-        if self.wants_prompt_logprobs:
-            reports = (self.named(TokenLogprob(self.prompt[0], None)), *self._prompt_logprobs)
-        return TextDelta(self.id, self.decoder.decode(self.prompt), tuple(self.prompt), reports, index, echo=True)
-
-    def named(self, report: TokenLogprob) -> TokenLogprob:
-        """Return a report with the texts of its tokens."""
-        text_of = self.decoder.token_text
-        texts = tuple(text_of(token_id) for token_id, _ in report.top)
-        return msgspec.structs.replace(report, text=text_of(report.token_id), top_texts=texts)
-
-    def close(self, choice: Choice, answers: int, now: float, *, prefilled: int) -> list[Event]:
-        """Take the end of an answer; return the end of the request if it is the last of ``answers``.
-
-        Args:
-            choice: The answer.
-            answers: How many the request has.
-            now: Monotonic time.
-            prefilled: Prompt tokens in the cache.
-        """
-        self._choices[choice.index] = choice
-        if len(self._choices) < answers:
-            return []
-        choices = tuple(self._choices[index] for index in sorted(self._choices))
-        generated = sum(one.generated_tokens for one in choices)
-        several = self.params.n > 1 or self.params.num_beams > 1
-        first = choices[0]
-        usage = Usage(prompt_tokens=len(self.prompt), cached_tokens=self.cached, generated_tokens=generated)
-        timings = self._timings(now, max(generated - answers, 0), prefilled)
-        ends = choices if several else ()
-        return [Finished(self.id, first.finish_reason, first.text_tail, usage, timings, ends)]
-
-    def _timings(self, now: float, decoded: int, prefilled: int) -> Timings:
-        started = self.started_s if self._started else now
-        first = now if self._first_token_s is None else self._first_token_s
-        prefill_s = first - started
-        decode_s = max(self._last_token_s - first, 0.0)
-        return Timings(
-            queue_s=started - self._submitted_s,
-            prefill_s=prefill_s,
-            first_token_s=first - self._submitted_s,
-            decode_s=decode_s,
-            prompt_tokens_per_s=(prefilled - self.cached) / prefill_s if prefill_s > 0 else 0.0,
-            generated_tokens_per_s=decoded / decode_s if decode_s > 0 else 0.0,
-            drafted_tokens=self.drafted,
-            accepted_tokens=self.accepted,
-        )
 
 
 class Sequence:
@@ -315,123 +192,3 @@ class Sequence:
         return [
             Sequence(self.request, self.sampler.fork(seed), index=index) for index, seed in enumerate(seeds, start=1)
         ]
-
-
-class BeamSequence(Sequence):
-    """One beam. All beams of a request are taken a step further, and end, together.
-
-    Args:
-        request: The request.
-        sampler: Knows rules and stop tokens.
-        vocab_size: Tokens that may occur.
-        leader: The beam that computed the prompt, None for that one itself.
-    """
-
-    together = True
-
-    def __init__(
-        self, request: Request, sampler: Sampler, *, vocab_size: int, leader: BeamSequence | None = None
-    ) -> None:
-        super().__init__(request, sampler)
-        self._vocab_size = vocab_size
-        self._leader = self if leader is None else leader
-        self._beams: list[BeamSequence] = [self]
-        self._search: BeamSearch = self._make_search() if leader is None else leader._search
-
-    def _make_search(self) -> BeamSearch:
-        params, sampler = self.request.params, self.sampler
-        return BeamSearch(
-            params.num_beams,
-            sampler.history,
-            limit=self.request.limit,
-            stop_ids=sampler.stop_ids,
-            length_penalty=1.0 if params.length_penalty is None else params.length_penalty,
-            early_stopping=params.early_stopping or False,
-            processors=sampler.processors,
-            ends_text=self._ends_text,
-        )
-
-    @property
-    def width(self) -> int:
-        """Slots that the request needs once its prompt is computed."""
-        return self.request.params.num_beams
-
-    @property
-    def cache_prompt(self) -> bool:
-        """True if the prefix cache may serve it: of all beams the first."""
-        return super().cache_prompt and self.leads
-
-    @property
-    def leads(self) -> bool:
-        """True for the one beam that stands for all."""
-        return self._leader is self
-
-    def take_beams(
-        self, logits: dict[Sequence, Logits], now: float
-    ) -> tuple[list[tuple[Sequence, Sequence]], FinishReason | None]:
-        """Take all beams of the request a token further; the leader does.
-
-        Args:
-            logits: float32 [n] behind the last token of each beam.
-            now: Monotonic time.
-
-        Returns:
-            Which beams' cache rows must be copied over which others', and "stop" once the search is over.
-
-        Raises:
-            EngineError: If logits are not finite.
-        """
-        search, beams = self._search, self._beams
-        parents, tokens = search.step([logits[beam] for beam in beams], self._vocab_size)
-        self.request.note_token(now)
-        rows, copies = place_beams(list(range(len(beams))), parents)
-        moves: list[tuple[Sequence, Sequence]] = [(beams[source], beams[target]) for source, target in copies]
-        self._beams = [beams[row] for row in rows]
-        for beam, token_id in zip(self._beams, tokens, strict=True):
-            beam.last_token = token_id
-            beam.generated = search.generated
-        return moves, "stop" if search.done else None
-
-    def finish(self, reason: FinishReason, now: float) -> list[Event]:
-        """Return the best texts and the closing event."""
-        found = self._search.best(self.request.params.n) if self.generated else []
-        events: list[Event] = []
-        for index, hypothesis in enumerate(found):
-            text, tokens = self._text(hypothesis)
-            events.append(TextDelta(self.request.id, text, tokens, index=index))
-            ended: FinishReason = "stop" if hypothesis.complete else "length" if reason == "stop" else reason
-            choice = Choice(
-                index=index,
-                finish_reason=ended,
-                text_tail="",
-                generated_tokens=len(hypothesis.tokens),
-                score=hypothesis.score,
-            )
-            events += self.request.close(choice, len(found), now, prefilled=self.prompt_prefilled)
-        if not found:
-            choice = Choice(index=0, finish_reason=reason, text_tail="", generated_tokens=0)
-            events += self.request.close(choice, 1, now, prefilled=self.prompt_prefilled)
-        return events
-
-    def _make_branches(self) -> list[Sequence]:
-        others = [
-            BeamSequence(self.request, self.sampler, vocab_size=self._vocab_size, leader=self)
-            for _ in range(1, self.width)
-        ]
-        self._beams += others
-        return list(others)
-
-    def _text(self, hypothesis: Hypothesis) -> tuple[str, tuple[int, ...]]:
-        tokens = hypothesis.tokens
-        if tokens and tokens[-1] in self.sampler.stop_ids:
-            tokens = tokens[:-1]
-        stops = StopStrings(self.request.params.stop)
-        text, met = stops.push(self.request.decoder.decode(list(tokens)))
-        return text if met else text + stops.finish(), tokens
-
-    def _ends_text(self, tokens: list[int]) -> bool:
-        params = self.request.params
-        if not params.stop or len(tokens) < params.min_tokens:
-            return False
-        text = self.request.decoder.decode(tokens)
-        return any(stop in text for stop in params.stop)

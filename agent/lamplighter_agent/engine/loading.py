@@ -1,0 +1,103 @@
+"""What opening a package needs besides the session: whether this machine can run it, prepared copy, caches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+
+from lamplighter_agent.engine.cache_graph import cache_scales
+from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.memory import MemoryPlan
+from lamplighter_agent.engine.prefix_files import PrefixFiles
+from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
+from lamplighter_agent.engine.rotation import key_rotations
+from lamplighter_agent.engine.session import ModelSession, onnxruntime_version
+from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
+from lamplighter_agent.package.layout import MODEL_NAME
+from lamplighter_agent.package.manifest import CacheDtype, Manifest
+
+logger = logging.getLogger(__name__)
+
+
+def check_target(manifest: Manifest) -> None:
+    """Check that a package is for this kind of machine and this runtime.
+
+    Raises:
+        IncompatiblePackageError: If it is not.
+    """
+    target = manifest.target
+    if target.execution_provider != "cpu":
+        raise IncompatiblePackageError(
+            f"{manifest.reference} is built for {target.execution_provider!r}, but this engine runs 'cpu'",
+            hint="build the package with -e cpu",
+        )
+    installed = onnxruntime_version()
+    if _version(installed) < _version(target.min_onnxruntime):
+        raise IncompatiblePackageError(
+            f"{manifest.reference} needs onnxruntime {target.min_onnxruntime}, but {installed} is installed",
+            hint="update the agent",
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Return the leading ``major.minor`` of a version as numbers; parts that are no numbers count as 0."""
+    return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
+
+
+def make_cache(manifest: Manifest, plan: MemoryPlan) -> KVCache:
+    """Return an empty cache as the plan wants it.
+
+    Raises:
+        MemoryBudgetError: If the system refuses the address space.
+    """
+    scales = None
+    if plan.kv_cache_dtype == "int8" and manifest.cache_scales is not None:
+        scales = tuple(key for key, _ in cache_scales(manifest.cache_scales, manifest.model))
+    return KVCache(
+        CacheSpec.from_model(manifest.model, plan.kv_cache_dtype),
+        slots=plan.slots,
+        capacity=plan.max_context_tokens,
+        rotations=key_rotations(manifest.model, scales),
+    )
+
+
+def open_prefix_files(package: Path, root: Path, manifest: Manifest, plan: MemoryPlan, max_bytes: int) -> PrefixFiles:
+    """Return the prefixes that are kept on disk for a package and a kind of cache, up to ``max_bytes``."""
+    key, spec = prepared_key(package), CacheSpec.from_model(manifest.model, plan.kv_cache_dtype)
+    return PrefixFiles(
+        root,
+        f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec}",
+        spec,
+        vocab_size=manifest.model.vocab_size,
+        max_bytes=max_bytes,
+    )
+
+
+def open_prepared(
+    package: Path, root: Path, manifest: Manifest, threads: int, cache_dtype: CacheDtype
+) -> ModelSession | None:
+    """Open the prepared copy; None, with the reason logged, if it cannot be used.
+
+    The hashes are computed while onnxruntime loads: nothing runs on the copy before they agree.
+    """
+    key = prepared_key(package)
+    directory = prepared_directory(root, key)
+    reason = check_prepared(directory, key)
+    if reason is not None:
+        logger.warning("the package is loaded as built: %s", reason)
+        return None
+    damaged: list[str | None] = []
+    hashing = threading.Thread(target=lambda: damaged.append(damaged_file(directory)), name="hash-prepared")
+    hashing.start()
+    try:
+        session = ModelSession(directory / MODEL_NAME, manifest, threads=threads, cache_dtype=cache_dtype)
+    except (PackageError, EngineError) as error:
+        logger.warning("the package is loaded as built: the prepared copy does not open: %s", error.message)
+        session = None
+    finally:
+        hashing.join()
+    if damaged != [None]:
+        logger.warning("the package is loaded as built: %s in %s is damaged", damaged, directory)
+        return None
+    return session
