@@ -112,6 +112,9 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
             the sentence gives each part in bytes.
     """
     budget = machine.available_bytes + machine.process_bytes
+    if machine.limit_bytes is not None:
+        # Some of what the process holds, such as shared libraries, may be charged to another group.
+        budget = min(budget, machine.limit_bytes)
     if options.memory_budget_bytes is not None:
         budget = min(budget, options.memory_budget_bytes)
     headroom = max(budget // _HEADROOM_SHARE, _MIN_HEADROOM_BYTES)

@@ -119,6 +119,11 @@ def test_the_prefix_cache_takes_a_share_or_what_is_configured() -> None:
     assert plan_memory(manifest(), machine(512 * MIB), EngineOptions(prefix_cache_bytes=0)).prefix_cache_bytes == 0
 
 
+def test_a_groups_limit_is_never_exceeded_by_what_the_process_holds_already() -> None:
+    plan = plan_memory(manifest(), machine(500 * MIB, process=40 * MIB, limit=512 * MIB), EngineOptions())
+    assert plan.budget_bytes == 512 * MIB
+
+
 def test_the_model_limits_the_context() -> None:
     plan = plan_memory(manifest(positions=512), machine(16 * GIB), EngineOptions(max_context_tokens=100_000))
     assert plan.max_context_tokens == 512

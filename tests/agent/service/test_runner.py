@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 
 from lamplighter_agent.config import RequestsConfig
+from lamplighter_agent.engine.memory import MIB
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.errors import IncompatiblePackageError, RequestError
+from lamplighter_agent.errors import IncompatiblePackageError, RequestError, WorkerError
 from lamplighter_agent.package.manifest import Manifest
 from lamplighter_agent.service import runner as runner_module
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.worker import WorkerSpec
 from lamplighter_agent.service.worker_messages import Prompt
+from support.cgroups import memory_group
 from support.packages import write_package
 
 
@@ -164,6 +166,27 @@ def test_a_package_that_cannot_start_is_refused_with_the_reason(
         with pytest.raises(RequestError, match="cannot be started: the fake engine cannot load") as caught:
             await bench.ask()
         assert caught.value.code == 503
+
+    with_bench(spec, scenario)
+
+
+def test_a_worker_that_the_kernel_ends_for_memory_comes_back_by_itself(
+    spec: WorkerSpec, packages: tuple[Path, Path, Manifest]
+) -> None:
+    one, _, _ = packages
+
+    async def scenario(bench: Bench) -> None:
+        await bench.runner.switch(one)
+        with memory_group(32 * MIB) as group:
+            worker = bench.runner.worker
+            assert worker is not None
+            assert worker.pid is not None
+            group.add(worker.pid)
+            with pytest.raises(WorkerError, match=r"killed by SIGKILL \(out of memory\?\)") as caught:
+                await bench.ask("/eat 256")
+            assert (caught.value.hint, group.kills) == ("send the request again", 1)
+        assert (await bench.ask("hello")).text == "You said: hello"
+        assert bench.runner.restarts == 1
 
     with_bench(spec, scenario)
 
