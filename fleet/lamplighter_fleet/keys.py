@@ -153,7 +153,10 @@ class KeyDirectory:
             raise ConfigError(f"{path}: the {role} key cannot be read: {error.strerror}") from error
         encrypted = is_encrypted(data)
         if encrypted and self.passphrase is None:
-            raise ConfigError(f"{path}: the {role} key is encrypted", hint="give its passphrase")
+            raise ConfigError(
+                f"{path}: the {role} key is encrypted",
+                hint="give its passphrase: --ask-passphrase, or --passphrase-file FILE",
+            )
         try:
             key = load_pem_private_key(data, self.passphrase if encrypted else None)
         except ValueError as error:
@@ -274,6 +277,12 @@ def write_secret(path: Path, key: Ed25519PrivateKey, passphrase: bytes | None) -
 def is_encrypted(data: bytes) -> bool:
     """Return whether a private key's file needs a passphrase."""
     return b"ENCRYPTED" in data.partition(b"\n")[0]
+
+
+def any_encrypted(directory: Path) -> bool:
+    """Return whether a key directory has an offline key that needs a passphrase."""
+    offline = (directory / "offline").glob("*.pem")
+    return any(is_encrypted(path.read_bytes()) for path in offline if path.is_file())
 
 
 def in_days(days: int) -> datetime:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lamplighter_fleet.arguments import Commands, add_command, first_line, new_passphrase
-from lamplighter_fleet.keys import PLACES, KeyDirectory, create_keys
+from lamplighter_fleet.keys import PLACES, KeyDirectory, any_encrypted, create_keys
 from lamplighter_fleet.publish import allow_downgrade, list_packages, publish_package, withdraw_package
 from lamplighter_fleet.repository import Repository, Signed
 from lamplighter_fleet.rotation import (
@@ -303,9 +303,15 @@ def _show_change(arguments: argparse.Namespace, keys: KeyDirectory, change: Root
 def _keys(arguments: argparse.Namespace) -> KeyDirectory:
     if arguments.passphrase_file is not None:
         return KeyDirectory(arguments.keys, first_line(arguments.passphrase_file).encode())
-    if arguments.ask_passphrase:
+    # Whoever sits at a terminal is asked; a job that runs by itself must say where the passphrase is.
+    asks = arguments.run not in _ONLINE_ALONE and sys.stdin.isatty() and any_encrypted(arguments.keys)
+    if arguments.ask_passphrase or asks:
         return KeyDirectory(arguments.keys, getpass.getpass("Passphrase of the offline keys: ").encode())
     return KeyDirectory(arguments.keys)
+
+
+_ONLINE_ALONE = frozenset({refresh_repository, show_packages})
+"""Commands that need no offline key."""
 
 
 def _repository(arguments: argparse.Namespace) -> Repository:
