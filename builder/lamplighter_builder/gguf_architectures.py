@@ -19,6 +19,10 @@ EXPERT: Final = "{expert}"
 
 _Config = dict[str, object]
 
+_PHIMOE_MSCALE: Final = 1.243163121016122
+_PHIMOE_JITTER: Final = 0.01
+"""Of the published model, Phi-3.5-MoE-instruct; GGUF files do not have them."""
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFacts:
@@ -138,12 +142,18 @@ def _phi3(facts: GgufFacts) -> _Config:
 
 
 def _phimoe(facts: GgufFacts) -> _Config:
-    return _with_windows(facts, _rms(facts, "phimoe")) | {
+    config = _with_windows(facts, _rms(facts, "phimoe"))
+    rope = config["rope_parameters"]
+    assert isinstance(rope, dict)
+    if rope["rope_type"] == "longrope":
+        rope = rope | {"short_mscale": _PHIMOE_MSCALE, "long_mscale": _PHIMOE_MSCALE}
+    return config | {
+        "rope_parameters": rope,
         "num_local_experts": facts.integer("expert_count"),
         "num_experts_per_tok": facts.integer("expert_used_count"),
         "attention_bias": "blk.0.attn_q.bias" in facts.shapes,
         "lm_head_bias": "output.bias" in facts.shapes,
-        "router_jitter_noise": 0.01,  # not in the metadata; that of the published model
+        "router_jitter_noise": _PHIMOE_JITTER,
     }
 
 

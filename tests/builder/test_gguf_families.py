@@ -24,10 +24,12 @@ from lamplighter_builder.registry import find_architecture
 from support.families import write_family_checkpoint
 from support.gguf_files import write_gguf
 
+MSCALE = 1.243163121016122
 CHANGES: dict[str, dict[str, object]] = {
     # What the metadata cannot say: the published models have these values.
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3_text": {"query_pre_attn_scalar": 32},
+    "phimoe": {"router_jitter_noise": 0.01, "rope_parameters": {"short_mscale": MSCALE, "long_mscale": MSCALE}},
     "qwen2-yarn-windowed": {"use_sliding_window": False, "sliding_window": None, "layer_types": None},
 }
 FAMILIES = [
@@ -43,12 +45,15 @@ FAMILIES = [
     "phi3",
     "phi3-longrope",
     "phi3-partial-longrope",
+    "phimoe",
 ]
 
 
 def family_checkpoint(directory: Path, family: str) -> HuggingFaceCheckpoint:
     path = write_family_checkpoint(directory, family) / "config.json"
-    config = json.loads(path.read_text()) | CHANGES.get(family, {})
+    config = json.loads(path.read_text())
+    for key, value in CHANGES.get(family, {}).items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     return HuggingFaceCheckpoint(directory)
 
@@ -68,7 +73,7 @@ def test_config_and_weights_come_back(tmp_path: Path, family: str) -> None:
     config, wanted = architecture.read_config(found.config), architecture.read_config(expected.config)
     if isinstance(config.rope, LongRope) and isinstance(wanted.rope, LongRope):
         # The file has the amplitude as a float32.
-        assert config.rope.long_amplitude == np.float32(wanted.rope.long_amplitude)
+        assert np.float32(config.rope.long_amplitude) == np.float32(wanted.rope.long_amplitude)
         rope = replace(
             wanted.rope, short_amplitude=config.rope.short_amplitude, long_amplitude=config.rope.long_amplitude
         )
