@@ -15,7 +15,8 @@ from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.commands import Outcome
 from lamplighter_agent.service.local_api import Facts, LocalApi
 from lamplighter_agent.service.messages import CommandMessage, DesiredMessage
-from lamplighter_agent.service.mqtt_service import Actions, MqttService
+from lamplighter_agent.service.mqtt_actions import Actions
+from lamplighter_agent.service.mqtt_service import MqttService
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.telemetry import Sampler
 from lamplighter_agent.service.worker import EngineWorker, WorkerSpec

@@ -22,7 +22,8 @@ from lamplighter_agent.service.diagnostics import LogMemory
 from lamplighter_agent.service.liveness import Liveness
 from lamplighter_agent.service.local_api import Facts, LocalApi
 from lamplighter_agent.service.memory_view import MemoryReport, engine_options, memory_report
-from lamplighter_agent.service.mqtt_service import Actions, MqttService
+from lamplighter_agent.service.mqtt_actions import Actions
+from lamplighter_agent.service.mqtt_service import MqttService
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.starts import FORGIVEN_AFTER_S, StartCounter
 from lamplighter_agent.service.systemd import ServiceManager, passed_sockets

@@ -40,7 +40,7 @@ _MAX_PACKET_BYTES: Final = 256 * 1024
 _SESSION_EXPIRY_S: Final = 3600
 _WILL_DELAY_S: Final = 5
 _CONNECT_TIMEOUT_S: Final = 10.0
-_MAX_IN_FLIGHT: Final = 10
+_MAX_IN_FLIGHT: Final = 20
 _TICK_S: Final = 1.0
 _SESSION_TAKEN_OVER: Final = 0x8E
 _STABLE_S: Final = 10.0
@@ -114,6 +114,11 @@ class MqttConnection:
             self._outbox.append(message)
         self._wake()
         return True
+
+    @property
+    def crowded(self) -> bool:
+        """True while so much waits to be sent that what is least worth should ask for no acknowledgement."""
+        return len(self._outbox) > MAX_OUTBOX // 4
 
     async def stop(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, disconnect in order, so that no will is sent, and end the thread."""

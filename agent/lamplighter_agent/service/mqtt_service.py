@@ -6,8 +6,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import Final, NamedTuple
+from collections.abc import Awaitable
+from typing import Final
 
 import msgspec
 
@@ -17,12 +17,10 @@ from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.errors import LamplighterError, RequestError
 from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
 from lamplighter_agent.service.answer_memory import AnswerMemory
-from lamplighter_agent.service.commands import Outcome
 from lamplighter_agent.service.delta_batch import DeltaBatches
 from lamplighter_agent.service.messages import (
     CommandMessage,
     DeltaReply,
-    DesiredMessage,
     EventMessage,
     FinalChoice,
     FinalReply,
@@ -40,6 +38,7 @@ from lamplighter_agent.service.messages import (
     error_reply,
 )
 from lamplighter_agent.service.mqtt import MqttConnection
+from lamplighter_agent.service.mqtt_actions import Actions, Envelope, Return
 from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Outgoing, Subscription, Will
 from lamplighter_agent.service.topics import Topics
 from lamplighter_agent.service.worker_messages import Prompt
@@ -48,40 +47,7 @@ logger = logging.getLogger(__name__)
 
 MAX_COMMANDS: Final = 16
 _STOP_TIMEOUT_S: Final = 5.0
-
-
-class Actions(NamedTuple):
-    """What the rest of the agent does for messages.
-
-    Attributes:
-        command: Carries a command out and returns what came of it; may raise ``LamplighterError``.
-        desired: Takes note of the wanted package; must not block.
-        connected: Called after each birth message.
-        package: Gives the active package as ``name/version``, or None.
-        concern: Gives what is wrong although the device is online (``safe_mode``), or None.
-    """
-
-    command: Callable[[CommandMessage], Awaitable[Outcome]]
-    desired: Callable[[DesiredMessage], None]
-    connected: Callable[[], None]
-    package: Callable[[], str | None]
-    concern: Callable[[], str | None] = lambda: None
-
-
-class _Return(NamedTuple):
-    """Where an answer goes, and what it repeats."""
-
-    topic: str
-    correlation_data: bytes | None
-    correlation: str | None
-
-
-class _Envelope(msgspec.Struct):
-    """What is needed to tell the sender of a bad message about it; read with everything else ignored."""
-
-    id: str | None = None
-    reply_to: str | None = None
-    correlation: str | None = None
+_BUSY: Final = 429
 
 
 class MqttService:
@@ -104,7 +70,7 @@ class MqttService:
         self._boot = boot
         self._topics = Topics(config.mqtt.prefix, config.device.id)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._commands: asyncio.Queue[tuple[CommandMessage, _Return]] = asyncio.Queue(MAX_COMMANDS)
+        self._commands: asyncio.Queue[tuple[CommandMessage, Return]] = asyncio.Queue(MAX_COMMANDS)
         self._status = b""
         self._memory = AnswerMemory()
         self._handlers = {
@@ -235,7 +201,7 @@ class MqttService:
             return
         self._spawn(self._answer(ticket, back, stream=prompt.stream), f"mqtt-answer-{request.id}")
 
-    def _answer_again(self, request_id: str, back: _Return) -> None:
+    def _answer_again(self, request_id: str, back: Return) -> None:
         """A known request came again: an answer that left by an earlier connection may be lost, and is sent again."""
         payload = self._memory.lost(back.topic, request_id, self.connection.connections)
         if payload is None:
@@ -244,7 +210,7 @@ class MqttService:
             self._reply(back, payload, qos=1)
 
     def _request(
-        self, prompt: PromptMessage, given_id: str | None, back: _Return, expiry_s: int | None
+        self, prompt: PromptMessage, given_id: str | None, back: Return, expiry_s: int | None
     ) -> GenerationRequest:
         deadlines = [
             float(value)
@@ -267,7 +233,7 @@ class MqttService:
             idempotent=given_id is not None,
         )
 
-    async def _answer(self, ticket: Ticket, back: _Return, *, stream: bool) -> None:
+    async def _answer(self, ticket: Ticket, back: Return, *, stream: bool) -> None:
         request_id = ticket.request.id
         deltas = DeltaBatches(
             self._config.mqtt.delta_interval_s, lambda seq, index, text: self._delta(request_id, back, seq, index, text)
@@ -289,7 +255,7 @@ class MqttService:
             deltas.close()
             ticket.cancel()
 
-    def _end(self, ticket: Ticket, back: _Return, payload: bytes) -> None:
+    def _end(self, ticket: Ticket, back: Return, payload: bytes) -> None:
         request = ticket.request
         if request.idempotent:
             connection = self.connection.connections if self.connection.connected else 0
@@ -297,7 +263,7 @@ class MqttService:
             self._memory.keep(back.topic, request.id, payload, connection, until_s)
         self._reply(back, payload, qos=1)
 
-    def _final(self, answer: Answer, request_id: str, back: _Return, sent: int) -> FinalReply:
+    def _final(self, answer: Answer, request_id: str, back: Return, sent: int) -> FinalReply:
         return FinalReply(
             id=request_id,
             seq=sent,
@@ -312,33 +278,34 @@ class MqttService:
             correlation=back.correlation,
         )
 
-    def _delta(self, request_id: str, back: _Return, seq: int, index: int, text: str) -> None:
+    def _delta(self, request_id: str, back: Return, seq: int, index: int, text: str) -> None:
         delta = DeltaReply(id=request_id, seq=seq, index=index, text=text, correlation=back.correlation)
         self._reply(back, encode(delta), qos=0)
 
-    def _reply(self, back: _Return, payload: bytes, *, qos: int) -> None:
+    def _reply(self, back: Return, payload: bytes, *, qos: int) -> None:
         self.connection.publish(Outgoing(topic=back.topic, payload=payload, qos=qos, correlation=back.correlation_data))
 
-    def _return(self, message: Incoming, reply_to: str | None, correlation: str | None) -> _Return:
+    def _return(self, message: Incoming, reply_to: str | None, correlation: str | None) -> Return:
         """Return where the answer goes; an MQTT property wins over its JSON field.
 
         Raises:
             RequestError: If answers may not be sent there.
         """
         topic = message.response_topic or reply_to or self._topics.device("reply")
-        return _Return(self._topics.check_reply(topic), message.correlation, correlation)
+        return Return(self._topics.check_reply(topic), message.correlation, correlation)
 
     def _refuse(self, message: Incoming, error: LamplighterError) -> None:
         try:
-            envelope = msgspec.json.decode(message.payload, type=_Envelope)
+            envelope = msgspec.json.decode(message.payload, type=Envelope)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            envelope = _Envelope()
+            envelope = Envelope()
         request_id = envelope.id or (message.correlation.hex() if message.correlation else None)
         try:
             back = self._return(message, envelope.reply_to, envelope.correlation)
         except RequestError:
-            back = _Return(self._topics.device("reply"), message.correlation, envelope.correlation)
-        self._reply(back, encode(error_reply(error, request_id, back.correlation)), qos=1)
+            back = Return(self._topics.device("reply"), message.correlation, envelope.correlation)
+        busy = isinstance(error, RequestError) and error.code == _BUSY and self.connection.crowded
+        self._reply(back, encode(error_reply(error, request_id, back.correlation)), qos=0 if busy else 1)
 
     def _on_cancel(self, message: Incoming) -> None:
         cancel = decode_cancel(message.payload)
