@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import ssl
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -65,21 +66,25 @@ class PackageServer:
 
     Args:
         directory: What to serve.
+        tls: Serve HTTPS with this context, or None for HTTP.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, tls: ssl.SSLContext | None = None) -> None:
         self.directory = directory
         self.exchanges: list[Exchange] = []
         self.faults: list[Fault] = []
         self.closing = threading.Event()
         self.lock = threading.Lock()
+        self._scheme = "http" if tls is None else "https"
         self._http = _Server(("127.0.0.1", 0), self)
+        if tls is not None:
+            self._http.socket = tls.wrap_socket(self._http.socket, server_side=True)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), name="package-server")
 
     @property
     def url(self) -> str:
         """Base URL."""
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._http.server_address[1]}"
 
     def body_bytes(self, path: str) -> int:
         """Return how many bytes of body went out for paths that contain ``path``."""
