@@ -94,6 +94,11 @@ def test_factors_of_another_length_are_refused(configs: Callable[[str], dict[str
         read_architecture(config | {"rope_parameters": rope | {"long_factor": [1.0, 2.0, 3.0]}})
 
 
+def test_heads_that_the_operator_cannot_rotate_are_refused(configs: Callable[[str], dict[str, object]]) -> None:
+    with pytest.raises(UnsupportedModelError, match="24 rotated features"):
+        read_architecture(configs("qwen3") | {"head_dim": 24})
+
+
 @pytest.mark.parametrize("early_name", ["su", "yarn"])
 def test_early_phi3_configs_are_read_like_new_ones(
     early_name: str, configs: Callable[[str], dict[str, object]]

@@ -21,6 +21,9 @@ from lamplighter_builder.graph import NO_VALUE, Graph, TensorSpec, Value, Weight
 Frequencies = npt.NDArray[np.float32]
 Table = npt.NDArray[np.float32]
 
+_ROTARY_STEP: Final = 16
+"""``GroupQueryAttention`` takes tables whose width, half of what is rotated, is a multiple of 8."""
+
 _SUPPORTED: Final = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -295,8 +298,13 @@ def make_rope(config: Fields, nested: Fields | None, *, theta: float, rotary_dim
 
     Raises:
         CheckpointError: If a field is missing or of another type.
-        UnsupportedModelError: If the scaling is of another kind.
+        UnsupportedModelError: If the scaling is of another kind, or the operator cannot rotate so many features.
     """
+    if rotary_dim % _ROTARY_STEP:
+        raise UnsupportedModelError(
+            f"{config.origin}: {rotary_dim} rotated features of a head are not supported",
+            hint=f"onnxruntime's attention rotates multiples of {_ROTARY_STEP}",
+        )
     rope_type = (
         "default" if nested is None else nested.text("rope_type", default=nested.text("type", default="default"))
     )
