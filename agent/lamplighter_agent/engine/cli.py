@@ -81,6 +81,7 @@ def add_engine_arguments(command: argparse.ArgumentParser) -> None:
     """Add the engine's limits and choices."""
     command.add_argument("--memory-budget-mb", type=int, help="most memory to plan for (default: what is there)")
     command.add_argument("--max-context-tokens", type=int, help="most tokens of prompt and answer")
+    command.add_argument("--kv-cache-dtype", choices=("float32", "int8"), help="default: int8 where memory is small")
     command.add_argument("--threads", type=int, help="compute threads (default: the physical cores)")
     command.add_argument("--prepared", type=Path, help="directory of copies prepared for this CPU; made if missing")
 
@@ -99,6 +100,7 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     return EngineOptions(
         memory_budget_bytes=None if budget is None else budget * MIB,
         max_context_tokens=arguments.max_context_tokens,
+        kv_cache_dtype=arguments.kv_cache_dtype,
         threads=arguments.threads,
     )
 

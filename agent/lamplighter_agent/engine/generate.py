@@ -122,7 +122,8 @@ class Engine:
             vocab_size=min(manifest.model.vocab_size, tokenizer.vocab_size),
             max_queued_requests=options.max_queued_requests,
             prefixes=self.prefixes if plan.prefix_cache_bytes else None,
-            speculation=options.speculation,
+            # A draft needs values that can be poisoned, which 8-bit integers cannot.
+            speculation=options.speculation and plan.kv_cache_dtype == "float32",
         )
         self._numbers = itertools.count(1)
         self._inboxes: dict[str, deque[Event]] = {}
