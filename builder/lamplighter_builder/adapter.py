@@ -128,6 +128,11 @@ class AdaptedCheckpoint(Checkpoint):
         return self._base.licence
 
     @property
+    def notices(self) -> tuple[Path, ...]:
+        """The model's notices."""
+        return self._base.notices
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors by name."""
         return {name: self._base.tensors[source] for name, source in self._sources.items()}

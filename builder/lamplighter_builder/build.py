@@ -110,6 +110,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
                 tokenizer_files.special_tokens, tokenizer_files.chat_template, facts.max_position_embeddings
             ),
         )
+        writer.copy_notices(checkpoint.notices)
         writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation, target, written.graph))
         memory = memory_needs(facts, resident_weights(graph, target), target)
         self_tests: tuple[SelfTest, ...] = ()

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from lamplighter_agent.errors import CheckpointError
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import FloatArray
+from lamplighter_builder.package_writer import is_notice
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.safetensors_file import StoredTensor, TensorInfo, read_safetensors_header, read_tensor
 
@@ -78,6 +79,11 @@ class Checkpoint(ABC):
     @abstractmethod
     def licence(self) -> str | None:
         """The licence that the checkpoint states, as it is written there, or None."""
+
+    @property
+    def notices(self) -> tuple[Path, ...]:
+        """Licence texts and notices that must go with the weights."""
+        return ()
 
     @property
     @abstractmethod
@@ -160,6 +166,11 @@ class HuggingFaceCheckpoint(Checkpoint):
             if colon and key == "license":
                 return value.strip().strip("'\"") or None
         return None
+
+    @property
+    def notices(self) -> tuple[Path, ...]:
+        """Files of the directory whose names say that they are licences or notices."""
+        return tuple(path for path in sorted(self.path.iterdir()) if is_notice(path.name) and path.is_file())
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -18,7 +18,8 @@ _HUB_ID: Final = re.compile(
     re.ASCII,
 )
 _SHARD: Final = re.compile(r"-\d{5}-of-\d{5}$", re.ASCII)
-_FILES: Final = ("model*.safetensors", "model.safetensors.index.json", "*.jinja", "README.md", "LICENSE*", "NOTICE*")
+_FILES: Final = ("model*.safetensors", "model.safetensors.index.json", "*.jinja")
+_NOTICES: Final = ("README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 _JSON_FILES: Final = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -51,7 +52,7 @@ class HubId:
     def patterns(self) -> list[str]:
         """Names of the files that are needed; all parts of a split GGUF file."""
         if self.file is None:
-            return [*_FILES, *_JSON_FILES]
+            return [*_FILES, *_JSON_FILES, *_NOTICES]
         return [_SHARD.sub("-*", self.file.removesuffix(".gguf")) + ".gguf", "README.md"]
 
 

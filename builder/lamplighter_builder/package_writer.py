@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -34,6 +36,7 @@ _ROLES: Final[dict[str, FileRole]] = {
     GENAI_CONFIG_NAME: "genai_config",
 }
 _NOTICE_PREFIXES: Final = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+_MAX_NAME: Final = 128
 
 
 class PackageWriter:
@@ -66,6 +69,15 @@ class PackageWriter:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
+
+    def copy_notices(self, notices: Iterable[Path]) -> None:
+        """Copy licence texts and notices; characters that the format does not allow in names become ``_``.
+
+        Raises:
+            OSError: If one cannot be read, or the disk is full or fails.
+        """
+        for path in notices:
+            self.write(re.sub(r"[^A-Za-z0-9._-]", "_", path.name)[:_MAX_NAME], path.read_bytes())
 
     def entries(self, progress: Progress) -> tuple[FileEntry, ...]:
         """Hash every file written so far, in the order of their names."""
@@ -109,6 +121,11 @@ class PackageWriter:
             ) from error
 
 
+def is_notice(name: str) -> bool:
+    """Tell whether a file's name says that it is a licence text or a notice."""
+    return name.upper().startswith(_NOTICE_PREFIXES)
+
+
 def _check_target(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ConfigError(f"{target}: is no directory", hint="choose another -o")
@@ -118,7 +135,7 @@ def _check_target(target: Path) -> None:
 
 def _entry(path: Path) -> FileEntry:
     digest = digest_file(path, CHUNK_BYTES)
-    notice: FileRole = "notice" if path.name.upper().startswith(_NOTICE_PREFIXES) else "other"
+    notice: FileRole = "notice" if is_notice(path.name) else "other"
     return FileEntry(
         name=path.name,
         role=_ROLES.get(path.name, notice),

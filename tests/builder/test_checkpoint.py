@@ -183,6 +183,15 @@ def test_checkpoint_without_a_licence_needs_one(copy: Path) -> None:
     assert "--licence" in str(caught.value.hint)
 
 
+def test_licence_texts_go_into_the_package(copy: Path, tmp_path: Path) -> None:
+    (copy / "LICENSE").write_text("Do what you like.")
+    (copy / "Notice (draft).txt").write_text("By many.")
+    package = build_tiny_package(copy, tmp_path / "package")
+    roles = {entry["name"]: entry["role"] for entry in json.loads((package / "manifest.json").read_text())["files"]}
+    assert (roles["LICENSE"], roles["Notice__draft_.txt"]) == ("notice", "notice")
+    assert (package / "LICENSE").read_text() == "Do what you like."
+
+
 def test_old_spelling_of_rope_is_read(copy: Path) -> None:
     from lamplighter_builder.components.rope import Llama3Rope, read_rope
 
