@@ -50,6 +50,7 @@ class ModelRunner:
         self._decode = _Step(session, cache.buffers, cache.capacity)
         self._draft: _Step | None = None
         self._exact: dict[tuple[int, int], bool] = {}
+        self._differs = False
 
     def prefill(self, slot: int, tokens: list[int]) -> FloatArray:
         """Append tokens to a slot.
@@ -147,16 +148,17 @@ class ModelRunner:
     def exactness(self, rows: int) -> bool | None:
         """Return whether ``verify`` gives the bits of ``decode`` at this number of rows; None if not yet known.
 
-        Kernels may work otherwise in longer contexts, so each doubling of the context is a case of its own.
+        Kernels may work otherwise in longer contexts, so each doubling of the context is a case of its own. One case
+        that differs settles all: it is a matter of the machine.
         """
-        return self._exact.get(self._case(rows))
+        return False if self._differs else self._exact.get(self._case(rows))
 
     def verify(self, tokens: list[int]) -> FloatArray:
         """Append tokens to slot 0, all in one step, with the result of as many decode steps, bit for bit.
 
         The first step of each case (``exactness``) is compared with decode steps, which then give the answer. In every
         step the places that the rows are to fill are poisoned before: a row that was read before it was written would
-        show as NaN. Where bits differ, decode steps give the answer from then on.
+        show as NaN. Once bits differ, decode steps give the answer from then on.
 
         Args:
             tokens: 2 to ``MAX_ROWS`` token ids.
@@ -168,7 +170,7 @@ class ModelRunner:
             EngineError: If the runtime fails; the offset is unchanged.
         """
         case = self._case(len(tokens))
-        known = self._exact.get(case)
+        known = self.exactness(len(tokens))
         logits = None if known is False else self._run_draft(tokens)
         if known and logits is not None:
             self.cache.advance(0, tokens)
@@ -177,7 +179,10 @@ class ModelRunner:
         if known is not False:
             self._exact[case] = logits is not None and bool(np.array_equal(logits, singles))
             if not self._exact[case]:
-                logger.warning("no speculation with %d rows: the kernels do not give a decode step's bits", len(tokens))
+                self._differs = True
+                logger.warning(
+                    "no speculation: on this machine %d rows do not have the bits of plain steps", len(tokens)
+                )
         return singles
 
     def _case(self, rows: int) -> tuple[int, int]:

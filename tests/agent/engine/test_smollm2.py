@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lamplighter_agent.engine.generate import Engine
@@ -26,3 +27,17 @@ def test_real_weights_answer_and_chunks_do_not_change_it(smollm2_package: Path) 
     }
     assert len(answers) == 1
     assert "Paris" in answers.pop()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_real_weights_say_the_same_with_speculation(smollm2_package: Path, temperature: float) -> None:
+    engine = Engine.load(smollm2_package, options=EngineOptions(max_context_tokens=512))
+    records = "Anna lives in Bremen and is 34. Bogdan lives in Novi Sad and is 51. Carla lives in Ravenna and is 29. "
+    prompt = [ChatMessage("user", f"Repeat these sentences twice, word by word: {records}")]
+    plain = GenerationParams(max_tokens=48, temperature=temperature, seed=5, speculation=False)
+    expected = [token.token_id for token in engine.generate(prompt, plain)]
+    for _ in range(2):
+        *tokens, last = engine.generate(prompt, msgspec.structs.replace(plain, speculation=True))
+        assert [token.token_id for token in tokens] == expected[:-1]
+        assert last.finished is not None
+        assert last.finished.timings.accepted_tokens > 0 or engine.runner.exactness(2) is False
