@@ -24,7 +24,8 @@ from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import LamplighterError, RequestError, ServiceError
 from lamplighter_agent.service import metrics, unix_socket
-from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.admission import GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.answers import Answer
 from lamplighter_agent.service.credentials import read_token
 from lamplighter_agent.service.local_api_gate import Gate
 from lamplighter_agent.service.local_api_protocol import BoundedProtocol

@@ -15,8 +15,9 @@ import lamplighter_agent
 from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.errors import LamplighterError, RequestError
-from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.admission import GenerationRequest, RequestQueue, Ticket
 from lamplighter_agent.service.answer_memory import AnswerMemory
+from lamplighter_agent.service.answers import Answer
 from lamplighter_agent.service.delta_batch import DeltaBatches
 from lamplighter_agent.service.messages import (
     CommandMessage,

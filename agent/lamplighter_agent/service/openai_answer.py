@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from lamplighter_agent.engine.events import FinishReason, TextDelta, TokenLogprob, Usage
-from lamplighter_agent.service.admission import Alternative, Answer
+from lamplighter_agent.service.answers import Alternative, Answer
 from lamplighter_agent.service.openai_format import JsonObject
 
 _FINISH: Final[dict[FinishReason, str]] = {

@@ -11,7 +11,8 @@ import pytest
 from lamplighter_agent.config import RequestsConfig
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import RequestError
-from lamplighter_agent.service.admission import Answer, GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.admission import GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.answers import Answer
 from lamplighter_agent.service.worker import EngineWorker, WorkerSpec
 from lamplighter_agent.service.worker_messages import Prompt
 from support.workers import running
