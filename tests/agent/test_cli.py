@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lamplighter_agent.cli import main
+from lamplighter_agent.cli import main, make_parser
+from lamplighter_agent.engine.generation_arguments import generation_params
+from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.errors import ConfigError
 
 CLI = [sys.executable, "-m", "lamplighter_agent"]
 
@@ -111,3 +114,21 @@ def test_config_shows_every_setting_and_can_be_read_again(tmp_path: Path, capsys
 def test_config_names_the_wrong_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "--set", "mqtt.prot=1"]) == 3
     assert "mqtt.prot" in capsys.readouterr().err
+
+
+def test_every_option_of_a_request_is_a_flag_of_generate() -> None:
+    arguments = make_parser().parse_args(["generate", "package", "--no-speculation", "--early-stopping", "never"])
+    assert set(GenerationParams.__struct_fields__) - {"deadline_s"} <= set(vars(arguments))
+    assert (arguments.speculation, arguments.early_stopping) == (False, "never")
+
+
+def test_flags_become_the_options_of_the_request(tmp_path: Path) -> None:
+    grammar = tmp_path / "lamp.lark"
+    grammar.write_text('start: "lamp"', encoding="utf-8")
+    flags = ["--logit-bias", "7=-2.5", "--stop", "a", "--stop", "b", "--guided-grammar", f"@{grammar}"]
+    params = generation_params(make_parser().parse_args(["generate", "package", *flags]))
+    assert params == GenerationParams(logit_bias={7: -2.5}, stop=("a", "b"), guided_grammar='start: "lamp"')
+    with pytest.raises(ConfigError, match="must be ID=BIAS"):
+        generation_params(make_parser().parse_args(["generate", "package", "--logit-bias", "seven"]))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        generation_params(make_parser().parse_args(["generate", "package", "--guided-json", "@missing"]))

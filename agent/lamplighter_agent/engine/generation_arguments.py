@@ -44,6 +44,10 @@ _GRAMMARS: Final = (
     ("guided_regex", "a regular expression that the answer matches, or @FILE"),
     ("guided_grammar", "a Lark grammar that the answer matches, or @FILE"),
 )
+_SWITCHES: Final = (
+    ("cache_prompt", "take over what is computed of the prompt already (default)"),
+    ("speculation", "guess tokens and verify them; the text is the same without (default)"),
+)
 _EARLY_STOPPING: Final = {"true": True, "false": False, "never": "never"}
 
 
@@ -60,6 +64,8 @@ def add_generation_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--on-context-full", choices=("stop", "slide"), help="what to do when the context is full")
     command.add_argument("--ignore-eos", action="store_true", default=None, help="go on after the end-of-text token")
     command.add_argument("--echo", action="store_true", default=None, help="begin with the prompt")
+    for name, text in _SWITCHES:
+        command.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
     for name, text in _GRAMMARS:
         command.add_argument(_flag(name), help=text)
 
