@@ -286,7 +286,9 @@ def _dequantize(raw: CodeArray, tensor: GgufTensor) -> FloatArray:
         values = raw.view({kinds.F32: "<f4", kinds.F16: "<f2", kinds.F64: "<f8"}[tensor.kind])
     else:
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
-        values = gguf.quants.dequantize(raw.reshape(-1, tensor.shape[-1] // block * block_bytes), tensor.kind)
+        # A damaged scale gives NaN or an infinite value, which the build refuses with the tensor's name.
+        with np.errstate(invalid="ignore", over="ignore"):
+            values = gguf.quants.dequantize(raw.reshape(-1, tensor.shape[-1] // block * block_bytes), tensor.kind)
     return np.ascontiguousarray(values, dtype=np.float32).reshape(tensor.shape)
 
 

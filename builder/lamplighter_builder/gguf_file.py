@@ -89,6 +89,7 @@ class _Reader:
         self._where = "the header"
 
     def read(self) -> GgufFile:
+        """Read counts, metadata and descriptions of the tensors, then place the tensors; see :func:`read_gguf`."""
         if self._size < len(_MAGIC) or self._bytes(len(_MAGIC)) != _MAGIC:
             raise CheckpointError(f"{self._path}: not a GGUF file", hint="give a file that begins with 'GGUF'")
         version = self._integer("I")

@@ -136,7 +136,8 @@ def test_stored_copy_of_a_tied_head_is_not_used(copy: Path, tmp_path: Path) -> N
     change_weights(
         copy, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
     )
-    build_tiny_package(copy, tmp_path / "package")
+    package = build_tiny_package(copy, tmp_path / "package")
+    assert json.loads((package / "manifest.json").read_text())["model"]["tie_word_embeddings"]
 
 
 @pytest.mark.parametrize(
