@@ -48,6 +48,7 @@ from support.packages import write_package  # noqa: E402
 DEVICE = "lamplighter/v1/device/bench"
 REPLY = "lamplighter/v1/reply"
 _DRAIN_S = 30.0
+_TOKENS = 128
 
 
 class Client:
@@ -301,23 +302,24 @@ def idle(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def overhead(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compare the time between streamed tokens at the client with the engine's own time."""
-    options = {"stream": True, "max_tokens": 128, "ignore_eos": True, "temperature": 0}
+    """Compare a streamed answer's time at the client with the engine's own, for each token, the first included."""
+    options = {"stream": True, "max_tokens": _TOKENS, "ignore_eos": True, "temperature": 0}
     body = json.dumps({"prompt": "Count: 1 2 3", **options})
     if arguments.package is None:
-        body = json.dumps({"prompt": "/slow", "stream": True, "max_tokens": 128})
+        body = json.dumps({"prompt": "/slow", "stream": True, "max_tokens": _TOKENS})
     extra, engine = [], []
     with world(arguments.package) as made:
         for _ in range(arguments.times):
             connection = _Unix(made.socket)
+            begun = time.monotonic()
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
             response = connection.getresponse()
-            times = [time.monotonic() for line in response if line.startswith(b"data: {")]
+            for _ in response:
+                ended = time.monotonic()
             state = json.loads(made.get("/status")[1])
-            tokens = 127
-            per_token = 1 / state["generated_tokens_per_s"]
-            engine.append(per_token)
-            extra.append((times[-1] - times[0]) / tokens - per_token)
+            engine_s = state["time_to_first_token_s"] + (_TOKENS - 1) / state["generated_tokens_per_s"]
+            engine.append(engine_s / _TOKENS)
+            extra.append((ended - begun - engine_s) / _TOKENS)
             connection.close()
     return {
         "runs": arguments.times,
