@@ -300,6 +300,13 @@ class BuildError(LamplighterError):
     exit_code = 10
 
 
+class FidelityError(BuildError):
+    """A package is further from its reference than the user allows."""
+
+    reason = "fidelity"
+    exit_code = 12
+
+
 class CheckpointError(BuildError):
     """The checkpoint is damaged, incomplete, or of a kind that is refused (pickled weights)."""
 

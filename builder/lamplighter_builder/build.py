@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import numpy as np
@@ -17,6 +19,7 @@ from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
     CacheScales,
     ExecutionProvider,
+    Fidelity,
     Manifest,
     MemoryNeeds,
     ModelFacts,
@@ -24,8 +27,11 @@ from lamplighter_agent.package.manifest import (
     Target,
 )
 from lamplighter_builder.cache_scales import calibrate_cache
+from lamplighter_builder.calibrate import Calibrated, Calibrator, calibration_tokens
 from lamplighter_builder.chat_template import compile_chat_template
-from lamplighter_builder.checkpoint import Checkpoint
+from lamplighter_builder.checkpoint import Checkpoint, WeightSource
+from lamplighter_builder.drafts import Drafts, count_parameters, finish_graph
+from lamplighter_builder.evaluation import Reference, check_fidelity, evaluation_windows, write_report
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
 from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
 from lamplighter_builder.graph_check import check_graph
@@ -39,10 +45,15 @@ from lamplighter_builder.manifest_parts import (
 )
 from lamplighter_builder.memory import memory_needs, resident_weights
 from lamplighter_builder.package_writer import PackageWriter
-from lamplighter_builder.precision import PrecisionName, choose_parts, choose_target, describe_precision
+from lamplighter_builder.precision import (
+    PrecisionName,
+    QuantizationOptions,
+    choose_target,
+    describe_precision,
+    uniform_scheme,
+)
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
-from lamplighter_builder.registry import find_architecture
 from lamplighter_builder.self_test import load_runner, make_self_tests
 from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weight_file import WeightFile
@@ -62,6 +73,9 @@ class BuildOptions:
         version: Package version.
         licence: SPDX expression, or None for the checkpoint's own.
         chat_format: Chat format to use instead of compiling the template, or None.
+        quantization: How matrices are quantized.
+        measure_fidelity: False to leave out the comparison with the checkpoint.
+        max_kl: Largest mean divergence from the checkpoint, nats a token, or None.
     """
 
     output: Path
@@ -71,6 +85,20 @@ class BuildOptions:
     licence: str | None = None
     chat_format: ChatFormat | None = None
     execution_provider: ExecutionProvider = "cpu"
+    quantization: QuantizationOptions = field(default_factory=QuantizationOptions)
+    measure_fidelity: bool = True
+    max_kl: float | None = None
+
+    @property
+    def recorded(self) -> dict[str, str | int | float | bool | None]:
+        """What the manifest tells of the choices."""
+        return {
+            "precision": self.precision,
+            "execution_provider": self.execution_provider,
+            "quantizer": self.quantization.quantizer,
+            "target_bytes": self.quantization.target_bytes,
+            "bits_per_weight": self.quantization.bits_per_weight,
+        }
 
 
 def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Manifest:
@@ -82,16 +110,16 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         DiskFullError: If the disk is full.
     """
     check_reference(options.name, options.version)
+    options.quantization.check(options.precision, options.execution_provider)
     licence = options.licence or spdx_licence(checkpoint.licence)
     if licence is None:
         raise ConfigError(
             f"{checkpoint.path}: the checkpoint states no licence", hint="give one: --licence SPDX-EXPRESSION"
         )
     target = choose_target(options.precision, options.execution_provider)
-    architecture = find_architecture(checkpoint.config.text("model_type"))
-    model = architecture.make(checkpoint.config, choose_parts(options.precision, target))
-    graph = Graph(model.config.model_type)
-    model.build(graph)
+    drafts = Drafts(checkpoint, target)
+    scheme = uniform_scheme(options.precision, options.execution_provider, options.quantization.quantizer)
+    model, graph = drafts.make(scheme)
     check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
     tokenizer_files = checkpoint.tokenizer()
     tokenizer = load_tokenizer(tokenizer_files, model.config.vocab_size)
@@ -99,9 +127,20 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     chat_format = options.chat_format
     if chat_format is None and tokenizer_files.chat_template is not None:
         chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)
-    with PackageWriter(options.output) as writer:
-        facts = model.config.facts(count_parameters(graph))
-        regions = write_weights(graph, checkpoint, target, writer.directory / WEIGHTS_NAME, progress)
+    facts = model.config.facts(count_parameters(graph))
+    with ExitStack() as stack:
+        writer = stack.enter_context(PackageWriter(options.output))
+        weights: WeightSource = checkpoint
+        calibrated: Calibrated | None = None
+        if options.quantization.quantizer == "gptq":
+            scratch = stack.enter_context(TemporaryDirectory(prefix=".calibration-", dir=options.output.parent))
+            tokens = calibration_tokens(options.quantization.calibration, tokenizer, chat_format, facts)
+            calibrator = Calibrator(checkpoint, tokens, progress)
+            bound = options.quantization.bound_bytes(facts.parameters)
+            calibrated = calibrator.quantize_within(bound, graph, drafts.measure, Path(scratch))
+            weights = calibrated.weights
+            _, graph = drafts.make(calibrated.scheme)
+        regions = write_weights(graph, weights, target, writer.directory / WEIGHTS_NAME, progress)
         written = write_graph(graph, regions, target, facts, writer.directory / MODEL_NAME)
         writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
         writer.write(
@@ -115,6 +154,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         memory = memory_needs(facts, resident_weights(graph, target), target)
         self_tests: tuple[SelfTest, ...] = ()
         scales: CacheScales | None = None
+        fidelity: Fidelity | None = None
         if runs_here(target, memory):
             runner = load_runner(writer.directory / MODEL_NAME, progress)
             if target.cache_dtype == "float32":
@@ -129,6 +169,11 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
                 progress,
                 short_rope_tokens=None if facts.rope is None else facts.rope.original_max_position_embeddings,
             )
+            if options.measure_fidelity:
+                reference = Reference(checkpoint, evaluation_windows(tokenizer, None), progress)
+                fidelity = reference.compare(runner, progress)
+                check_fidelity(fidelity, options.max_kl)
+                write_report(writer, f"{options.name}/{options.version}", fidelity, calibrated)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name,
@@ -143,12 +188,8 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             generation=generation,
             chat_format=chat_format,
             self_tests=self_tests,
-            provenance=provenance(
-                checkpoint.source,
-                checkpoint.files,
-                {"precision": options.precision, "execution_provider": options.execution_provider},
-                progress,
-            ),
+            fidelity=fidelity,
+            provenance=provenance(checkpoint.source, checkpoint.files, options.recorded, progress),
         )
         writer.finish(manifest)
     return manifest
@@ -190,7 +231,7 @@ def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
 
 
 def write_weights(
-    graph: Graph, checkpoint: Checkpoint, target: GraphTarget, path: Path, progress: Progress
+    graph: Graph, checkpoint: WeightSource, target: GraphTarget, path: Path, progress: Progress
 ) -> dict[str, Region]:
     """Write the weights, holding one at a time, and return where each lies.
 
@@ -220,9 +261,7 @@ def write_graph(
         BuildError: If the graph breaks a rule of ONNX.
         OSError: If the disk is full or fails.
     """
-    model = graph.finish(WEIGHTS_NAME, regions)
-    rotary_dim = facts.head_dim if facts.rope is None else facts.rope.rotary_dim
-    target.lower(model, head_dim=facts.head_dim, rotary_dim=rotary_dim)
+    model = finish_graph(graph, regions, target, facts)
     path.write_bytes(model.SerializeToString(deterministic=True))
     check_graph(path)
     return model
@@ -237,13 +276,7 @@ def runs_here(target: GraphTarget, memory: MemoryNeeds) -> bool:
     return target.provider == "cpu" or memory.weights_bytes <= _FOREIGN_RUN_BYTES
 
 
-def count_parameters(graph: Graph) -> int:
-    """Count the checkpoint's weights that the graph uses, each once."""
-    sources = {source.name: source.shape for weight in graph.weights for source in weight.sources}
-    return sum(int(np.prod(shape, dtype=np.int64)) for shape in sources.values())
-
-
-def _make_arrays(weight: Weight, checkpoint: Checkpoint) -> Sequence[Array]:
+def _make_arrays(weight: Weight, checkpoint: WeightSource) -> Sequence[Array]:
     """Run a weight's recipe: stored codes as they are where they fit, float32 values otherwise."""
     if weight.repack is not None:
         stored = [
@@ -255,20 +288,20 @@ def _make_arrays(weight: Weight, checkpoint: Checkpoint) -> Sequence[Array]:
     return weight.convert([_read_finite(checkpoint, source.name) for source in weight.sources])
 
 
-def _stored_matrix(checkpoint: Checkpoint, name: str) -> QuantizedMatrix | None:
+def _stored_matrix(checkpoint: WeightSource, name: str) -> QuantizedMatrix | None:
     matrix = checkpoint.quantized(name)
     if matrix is not None:
         _check_finite(matrix.scales, checkpoint, name)
     return matrix
 
 
-def _read_finite(checkpoint: Checkpoint, name: str) -> FloatArray:
+def _read_finite(checkpoint: WeightSource, name: str) -> FloatArray:
     values = checkpoint.read(name)
     _check_finite(values, checkpoint, name)
     return values
 
 
-def _check_finite(values: FloatArray, checkpoint: Checkpoint, name: str) -> None:
+def _check_finite(values: FloatArray, checkpoint: WeightSource, name: str) -> None:
     if not np.isfinite(values).all():
         raise CheckpointError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from tokenizers import Tokenizer
 
@@ -51,6 +51,18 @@ class TokenizerFiles:
             return Tokenizer.from_buffer(self.tokenizer_json)
         except Exception as error:  # the tokenizers library raises plain Exception for every parse error
             raise CheckpointError(f"{self.origin}: cannot be read as a tokenizer: {error}") from error
+
+
+class WeightSource(Protocol):
+    """Where a build reads weights from: a checkpoint, or one that was quantized before."""
+
+    path: Path
+
+    def read(self, name: str) -> FloatArray:
+        """Read one tensor as float32."""
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        """Return one matrix as codes and scales, or None where there are none."""
 
 
 class Checkpoint(ABC):

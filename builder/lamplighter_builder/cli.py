@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import signal
 import sys
@@ -12,12 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
+import msgspec
+
 from lamplighter_agent.errors import LamplighterError
 from lamplighter_builder import __version__
 
 if TYPE_CHECKING:
-    from lamplighter_agent.package.manifest import Manifest
+    from lamplighter_agent.package.manifest import Fidelity, Manifest
 
+QUANTIZERS: Final = ("rtn", "least-squares", "gptq")
 PRECISIONS: Final = ("int4", "int8", "fp16", "fp32")
 PROVIDERS: Final = ("cpu", "cuda", "dml")
 _BAR_WIDTH: Final = 30
@@ -102,6 +104,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.add_argument("-o", "--output", required=True, type=Path, help="directory of the package, missing or empty")
     build.add_argument("-p", "--precision", required=True, choices=PRECISIONS, help="of the weights")
     build.add_argument("-e", "--execution-provider", default="cpu", choices=PROVIDERS, help="where it will run")
+    _add_quantization(build)
     build.add_argument("--adapter", type=Path, help="directory of a LoRA adapter (PEFT) to merge into the model")
     build.add_argument("-c", "--cache", type=Path, help="directory for downloads, used with a hub id")
     build.add_argument("--name", help="package name; made from the checkpoint's if not given")
@@ -110,6 +113,24 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.add_argument("--chat-format", type=Path, help="JSON file with a chat format, instead of the chat template")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
     build.set_defaults(run=run_build)
+
+
+def _add_quantization(build: argparse.ArgumentParser) -> None:
+    build.add_argument(
+        "-q", "--quantizer", choices=QUANTIZERS, help="how matrices are rounded (default: least-squares)"
+    )
+    build.add_argument("--target-mb", type=float, metavar="MB", help="most megabytes of the model; implies -q gptq")
+    build.add_argument("--bits-per-weight", type=float, metavar="BITS", help="the same bound; implies -q gptq")
+    build.add_argument(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text to listen to instead of the builder's own; implies -q gptq; may be repeated",
+    )
+    build.add_argument("--max-kl", type=float, metavar="NATS", help="fail if the package diverges more than this")
+    build.add_argument("--no-fidelity", action="store_true", help="do not compare the package with the checkpoint")
 
 
 def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -132,10 +153,11 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = commands.add_parser("evaluate", help="compare a package with the checkpoint that it was built from")
-    evaluate.add_argument("package", type=Path, help="package directory")
-    evaluate.add_argument("--reference", required=True, type=Path, help="a Hugging Face directory or a GGUF file")
-    evaluate.add_argument("--text", required=True, type=Path, help="UTF-8 text to compare on")
+    evaluate = commands.add_parser("evaluate", help="compare packages with the checkpoint that they were built from")
+    evaluate.add_argument("packages", type=Path, nargs="+", metavar="PACKAGE", help="package directory")
+    evaluate.add_argument("--reference", required=True, help="a Hugging Face directory, a GGUF file, or a hub id")
+    evaluate.add_argument("--text", type=Path, help="UTF-8 text to compare on, instead of the builder's own")
+    evaluate.add_argument("-c", "--cache", type=Path, help="directory for downloads, used with a hub id")
     evaluate.add_argument("--json", action="store_true", help="print as JSON")
     evaluate.set_defaults(run=run_evaluate)
 
@@ -148,9 +170,11 @@ def run_build(arguments: argparse.Namespace) -> int:
     """
     # Imported here, so that --help and a wrong call answer at once.
     from lamplighter_builder.build import BuildOptions, build_package
+    from lamplighter_builder.precision import QuantizationOptions
     from lamplighter_builder.sources import default_name, open_checkpoint, read_chat_format
 
     checkpoint = open_checkpoint(arguments.model, arguments.cache, arguments.adapter)
+    listens = arguments.target_mb is not None or arguments.bits_per_weight is not None or arguments.calibration
     options = BuildOptions(
         output=arguments.output,
         precision=arguments.precision,
@@ -159,6 +183,14 @@ def run_build(arguments: argparse.Namespace) -> int:
         version=arguments.package_version,
         licence=arguments.licence,
         chat_format=None if arguments.chat_format is None else read_chat_format(arguments.chat_format),
+        quantization=QuantizationOptions(
+            quantizer=arguments.quantizer or ("gptq" if listens else "least-squares"),
+            target_bytes=None if arguments.target_mb is None else int(arguments.target_mb * 1e6),
+            bits_per_weight=arguments.bits_per_weight,
+            calibration=tuple(arguments.calibration),
+        ),
+        measure_fidelity=not arguments.no_fidelity,
+        max_kl=arguments.max_kl,
     )
     return _make_package(lambda progress: build_package(checkpoint, options, progress), arguments)
 
@@ -178,6 +210,8 @@ def _make_package(work: Callable[[TerminalProgress], Manifest], arguments: argpa
         print(json.dumps(facts))
     else:
         print(f"{arguments.output}: package {manifest.reference}, {manifest.total_bytes / 1e6:.1f} MB")
+        if manifest.fidelity is not None:
+            print(describe_fidelity(manifest.fidelity))
     return 0
 
 
@@ -218,22 +252,38 @@ def run_inspect(arguments: argparse.Namespace) -> int:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Compare a package with its reference.
+    """Compare packages with their reference.
 
     Raises:
         LamplighterError: If one of them cannot be used.
     """
-    from lamplighter_builder.parity import evaluate_package
+    from lamplighter_builder.evaluation import evaluate_packages
+    from lamplighter_builder.sources import open_checkpoint
 
-    parity = evaluate_package(arguments.package, arguments.reference, arguments.text)
+    checkpoint = open_checkpoint(arguments.reference, arguments.cache, None)
+    progress = TerminalProgress(sys.stderr)
+    try:
+        found = evaluate_packages(arguments.packages, checkpoint, arguments.text, progress)
+    finally:
+        progress.close()
+    results = dict(zip(map(str, arguments.packages), found, strict=True))
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(parity)))
+        print(json.dumps({path: msgspec.to_builtins(fidelity) for path, fidelity in results.items()}))
     else:
-        print(
-            f"{parity.tokens} tokens: KL {parity.kl_mean:.4f} nats, top-1 agreement {parity.top1_agreement:.1%}, "
-            f"largest difference of a logit {parity.max_difference:.3g}"
-        )
+        for path, fidelity in results.items():
+            print(f"{path}: {describe_fidelity(fidelity)}")
     return 0
+
+
+def describe_fidelity(fidelity: Fidelity) -> str:
+    """Return a line about a comparison."""
+    line = (
+        f"KL {fidelity.kl_mean:.4f} nats (median {fidelity.kl_median:.4f}, p99 {fidelity.kl_p99:.3f}), "
+        f"top-1 agreement {fidelity.top1_agreement:.1%}"
+    )
+    if fidelity.perplexity is not None:
+        line += f", perplexity {fidelity.perplexity:.2f} (reference {fidelity.reference_perplexity:.2f})"
+    return f"{line}, {fidelity.tokens} tokens"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from lamplighter_builder.memory import packed_bytes
 from lamplighter_builder.precision import PrecisionName
 
 _BIAS_INPUT: Final = 5
-_RESHAPING: Final = ("Reshape", "Transpose")
+_PASSING: Final = ("Reshape", "Transpose", "Cast")
+"""Operators behind which a tensor is still the same weight."""
+
 _PRODUCTS: Final = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
 _CODE_INPUTS: Final[Mapping[str, tuple[int, ...]]] = {
     "MatMulNBits": (1,),
@@ -50,13 +52,13 @@ class GraphTensor:
 
 def read_tensors(model: ModelProto) -> list[GraphTensor]:
     """Return every external initializer with its use. Their bytes must all lie in one file."""
-    # A table may be given another shape on its way to the lookup.
-    reshaped = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in _RESHAPING}
+    # A tensor may be given another shape or type on its way to what it is for.
+    passed = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in _PASSING}
     readers: dict[str, tuple[NodeProto, int]] = {}
     for node in model.graph.node:
-        if node.op_type not in _RESHAPING:
+        if node.op_type not in _PASSING:
             for index, name in enumerate(node.input):
-                readers.setdefault(reshaped.get(name, name), (node, index))
+                readers.setdefault(passed.get(name, name), (node, index))
     head, seen, found = _head(model), set(), []
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL and tensor.name in readers:
@@ -118,7 +120,14 @@ def describe_groups(tensors: Iterable[GraphTensor]) -> Precision:
 
 def resident_tensors(tensors: Iterable[GraphTensor]) -> int:
     """Return the bytes of the weights once the CPU's kernels have loaded them."""
-    return sum(packed_bytes(tensor.spec) for tensor in tensors)
+    return sum(_resident_bytes(tensor) for tensor in tensors)
+
+
+def _resident_bytes(tensor: GraphTensor) -> int:
+    if tensor.quantized_for is None or tensor.spec.dtype != np.float16:
+        return packed_bytes(tensor.spec)
+    # Scales are cast to float32 when loaded; those of a table that rows are looked up from also stay as they are.
+    return tensor.spec.nbytes * (3 if tensor.group == "embedding" else 2)
 
 
 def _describe(tensor: TensorProto, node: NodeProto, index: int, *, head: bool, shared: bool) -> GraphTensor:

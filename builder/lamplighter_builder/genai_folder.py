@@ -23,6 +23,7 @@ from lamplighter_builder.fields import Fields
 _DOMAINS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
 _PROVIDERS: Final[Mapping[str, ExecutionProvider]] = {"cuda": "cuda", "dml": "dml"}
 _TOKEN_INPUTS: Final = ("input_ids", "attention_mask")
+_HIDDEN_OUTPUT: Final = "hidden_states"
 _OPTIONAL_INPUTS: Final = frozenset({"position_ids", "logits_start", "rope_tokens"})
 _PAST_INPUTS: Final = slice(3, 5)
 _INT64: Final = int(TensorProto.INT64)
@@ -141,7 +142,9 @@ def graph_differences(model: ModelProto, sizes: Sizes, *, half: bool) -> Iterato
     yield from _tensor("output", outputs, "logits", dtype, (None, None, None))
     known = {*_TOKEN_INPUTS, *_OPTIONAL_INPUTS, *(f"past_key_values.{name}" for name in caches)}
     yield from (f"an unknown input {name}" for name in inputs if name not in known)
-    known = {"logits", *(f"present.{name}" for name in caches)}
+    if _HIDDEN_OUTPUT in outputs:
+        yield from _tensor("output", outputs, _HIDDEN_OUTPUT, dtype, (None, None, None))
+    known = {"logits", _HIDDEN_OUTPUT, *(f"present.{name}" for name in caches)}
     yield from (f"an unknown output {name}" for name in outputs if name not in known)
     yield from _attention_differences(model, sizes)
     if "logits" in outputs:

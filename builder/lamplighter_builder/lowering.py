@@ -31,7 +31,7 @@ def adopt_stored_types(model: ModelProto) -> None:
                 tensor.data_type = _HALF
 
 
-def widen_half_matrices(model: ModelProto) -> None:
+def widen_half_tensors(model: ModelProto) -> None:
     """Put a cast to float32 behind every float16 initializer, so that all arithmetic stays float32.
 
     onnxruntime computes the casts of whole matrices once, when it loads the model. Rows looked up from a table are cast

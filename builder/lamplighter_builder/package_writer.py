@@ -89,6 +89,10 @@ class PackageWriter:
             progress.advance(found[-1].length)
         return tuple(found)
 
+    def model_bytes(self) -> int:
+        """Return the bytes of model and weights, written before."""
+        return sum((self.directory / name).stat().st_size for name in (MODEL_NAME, WEIGHTS_NAME))
+
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and put the package in its place.
 

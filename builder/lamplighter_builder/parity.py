@@ -10,13 +10,11 @@ from typing import Final, Self
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lamplighter_agent.errors import BuildError, ConfigError, MissingFileError
-from lamplighter_agent.package.layout import MODEL_NAME, TOKENIZER_NAME
+from lamplighter_agent.errors import BuildError
 from lamplighter_builder.graph import FloatArray
-from lamplighter_builder.runner import IntArray, Runner
+from lamplighter_builder.runner import IntArray
 
 _WINDOW_TOKENS: Final = 256
 
@@ -104,54 +102,3 @@ def compare_logits(reference: FloatArray, candidate: FloatArray) -> Parity:
         kl_mean=float(divergence.mean()),
         top1_agreement=float((expected.argmax(-1) == found.argmax(-1)).double().mean()),
     )
-
-
-def compare_on_tokens(reference: Reference, runner: Runner, tokens: Sequence[int]) -> Parity:
-    """Compare a package with its reference on a text, cut into windows that are read independently.
-
-    Raises:
-        BuildError: If there is no token.
-    """
-    if not tokens:
-        raise BuildError("the text for the comparison is empty")
-    parts = []
-    for start in range(0, len(tokens), _WINDOW_TOKENS):
-        window = np.array([tokens[start : start + _WINDOW_TOKENS]], dtype=np.int64)
-        logits, _ = runner.run(window, runner.empty_cache())
-        parts.append(compare_logits(reference.logits(window), logits))
-    total = sum(part.tokens for part in parts)
-    return Parity(
-        tokens=total,
-        max_difference=max(part.max_difference for part in parts),
-        kl_mean=sum(part.kl_mean * part.tokens for part in parts) / total,
-        top1_agreement=sum(part.top1_agreement * part.tokens for part in parts) / total,
-    )
-
-
-def evaluate_package(package: Path, reference: Path, text: Path) -> Parity:
-    """Compare a package with the checkpoint that it was built from on a text of one's own.
-
-    Args:
-        package: Directory with ``model.onnx`` and ``tokenizer.json``.
-        reference: A Hugging Face directory or a GGUF file.
-        text: A UTF-8 file.
-
-    Raises:
-        ConfigError: If the text cannot be read, is empty or is not UTF-8.
-        BuildError: If the reference cannot be loaded or has another vocabulary.
-        MissingFileError: If the package lacks a file.
-    """
-    try:
-        content = text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{text}: cannot be read as UTF-8 text: {error}") from error
-    for name in (MODEL_NAME, TOKENIZER_NAME):
-        if not (package / name).is_file():
-            raise MissingFileError(f"{package}: there is no {name}", hint="give the directory of a package")
-    tokens = Tokenizer.from_file(str(package / TOKENIZER_NAME)).encode(content).ids
-    if not tokens:
-        raise ConfigError(f"{text}: holds no text")
-    loaded = Reference.load(reference)
-    if max(tokens) >= loaded.vocab_size:
-        raise BuildError(f"{reference}: has {loaded.vocab_size} tokens, but the package's tokenizer has more")
-    return compare_on_tokens(loaded, Runner(package / MODEL_NAME), tokens)

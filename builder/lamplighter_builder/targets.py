@@ -5,7 +5,8 @@ Models emit one graph, float32 and for the CPU. ``GraphTarget`` turns it into th
 ======== ========= ============== ====================================================================================
 provider precision computes in    rewritten
 ======== ========= ============== ====================================================================================
-``cpu``  all       float32        fp16: matrices stored as float16, cast to float32 when the model is loaded
+``cpu``  all       float32        what is stored as float16 is cast to float32 when the model is loaded: scales of
+                                  quantized matrices, and for fp16 the matrices
 ``cuda`` not fp32  float16        no hint how to compute, biases of quantized layers added apart, opset 21
 ``dml``  all       float16, fp32: as for cuda, and: projections split, rotation outside of the attention
                    float32
@@ -66,8 +67,9 @@ class GraphTarget:
         """Return how one of a weight's outputs is stored in the weights file."""
         if np.dtype(spec.dtype) != np.float32:
             return spec
-        matrix = self.half_matrices and weight.group in _MATRIX_GROUPS and weight.format is None
-        if self.half_arithmetic or (matrix and len(spec.shape) > 1):
+        scales = weight.format is not None
+        matrix = self.half_matrices and weight.group in _MATRIX_GROUPS and len(spec.shape) > 1
+        if self.half_arithmetic or scales or matrix:
             return TensorSpec(spec.name, np.float16, spec.shape)
         return spec
 
@@ -92,8 +94,7 @@ class GraphTarget:
         """Rewrite a finished graph, whose external tensors lie in the file as ``stored`` says, in place."""
         lowering.adopt_stored_types(model)
         if self.provider == "cpu":
-            if self.half_matrices:
-                lowering.widen_half_matrices(model)
+            lowering.widen_half_tensors(model)
             return
         if self.half_arithmetic:
             lowering.compute_in_half(model)

@@ -14,6 +14,11 @@ from lamplighter_builder.graph import Array, Region
 ALIGNMENT_BYTES: Final = 4096
 
 
+def place(position: int, length: int) -> Region:
+    """Return where a tensor of ``length`` bytes lies that is appended to a file of ``position`` bytes."""
+    return Region(position + -position % ALIGNMENT_BYTES, length)
+
+
 class WeightFile:
     """A new file of weights. Use it as a context manager; leaving it makes the file durable.
 
@@ -31,9 +36,8 @@ class WeightFile:
         Raises:
             OSError: If the disk is full or fails.
         """
-        padding = -self._position % ALIGNMENT_BYTES
-        self._stream.write(bytes(padding))
-        region = Region(self._position + padding, array.nbytes)
+        region = place(self._position, array.nbytes)
+        self._stream.write(bytes(region.offset - self._position))
         self._stream.write(np.ascontiguousarray(array).data.cast("B"))
         self._position = region.offset + region.length
         return region

@@ -12,7 +12,7 @@ from lamplighter_builder.components.linear import LinearSpec, QuantizedLinear, l
 from lamplighter_builder.graph import FloatArray, Graph
 from lamplighter_builder.quantization.blockwise import BlockFormat, pack, unpack
 from lamplighter_builder.quantization.rtn import quantize_rtn
-from lamplighter_builder.quantization.scheme import uniform_rtn
+from lamplighter_builder.quantization.scheme import uniform
 from lamplighter_builder.weight_file import WeightFile
 
 FORMATS = [
@@ -88,7 +88,7 @@ def test_onnxruntime_multiplies_with_the_dequantized_weight(tmp_path: Path, bloc
     weight = random_weight(24, 64)
     graph = Graph("linear")
     x = graph.input("x", np.float32, [1, "rows", 64])
-    y = QuantizedLinear(uniform_rtn(block_format))(
+    y = QuantizedLinear(uniform(block_format, quantize_rtn))(
         graph, x, LinearSpec("layer", (linear_source("layer", 24, 64),), 64, 24)
     )
     graph.publish(y, "y", np.float32, [1, "rows", 24])
@@ -105,7 +105,7 @@ def test_onnxruntime_looks_up_the_dequantized_rows_and_shares_them_with_the_head
     weight = random_weight(24, 64)
     graph = Graph("embedding")
     ids = graph.input("ids", np.int64, [1, "rows"])
-    embedding = QuantizedEmbeddingFactory(uniform_rtn(block_format))(graph, EmbeddingSpec("table", 24, 64))
+    embedding = QuantizedEmbeddingFactory(uniform(block_format, quantize_rtn))(graph, EmbeddingSpec("table", 24, 64))
     hidden = embedding.lookup(graph, ids)
     logits = embedding.project(graph, graph.input("x", np.float32, [1, "features", 64]))
     graph.publish(hidden, "hidden", np.float32, [1, "rows", 64])

@@ -22,7 +22,8 @@ from lamplighter_builder.graph import Graph
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.precision import INT4_FORMAT, INT8_FORMAT, choose_target, describe_precision, quantized_parts
 from lamplighter_builder.progress import SilentProgress
-from lamplighter_builder.quantization.scheme import MatrixRecipe, uniform_rtn
+from lamplighter_builder.quantization.rtn import quantize_rtn
+from lamplighter_builder.quantization.scheme import MatrixRecipe, uniform
 from lamplighter_builder.registry import find_architecture
 from lamplighter_builder.runner import Runner
 from support.tiny_model import TinyShape, build_tiny_package, write_tiny_checkpoint
@@ -47,7 +48,7 @@ def test_manifest_says_what_was_built(tiny_int4: Path) -> None:
     assert manifest.generation.eos_token_ids == (2,)
     assert manifest.memory.kv_bytes_per_token == {"float32": 2 * 2 * 2 * 16 * 4, "int8": 2 * 2 * 2 * 16}
     groups = {group.name: group for group in manifest.precision.groups}
-    assert groups["embedding"].length_bytes == 384 * 64 // 2 + 384 * 2 * 4
+    assert groups["embedding"].length_bytes == 384 * (64 // 2 + 2 * 2 + 1)  # codes, scales, zero points
     assert (groups["linear"].bits, groups["linear"].block_size, groups["linear"].accuracy_level) == (4, 32, 4)
     assert "head" not in groups
     assert manifest.target.operator_domains == {"ai.onnx": 23, "com.microsoft": 1}
@@ -98,7 +99,8 @@ def test_graph_meets_the_contract(tiny_int4: Path) -> None:
     names = [node.name for node in graph.node]
     assert "/model/layers.0/self_attn/qkv_proj/MatMulNBits" in names
     # Ten nodes a layer; the rest is embedding, cache lengths, the slice before the head, last norm and head.
-    assert len(names) == 10 * 2 + 9
+    assert len([name for name in names if not name.startswith("/widen/")]) == 10 * 2 + 9
+    assert len(names) == 10 * 2 + 9 + 4 * 2 + 1  # and a cast for the scales of each matrix, computed at load
 
 
 def test_tokenizer_and_genai_config_are_in_the_package(tiny_int4: Path) -> None:
@@ -167,12 +169,12 @@ def test_int8_package_stores_a_tied_table_once_in_blocks_of_32(tiny_checkpoint: 
     manifest = manifest_of(build_tiny_package(tiny_checkpoint, tmp_path / "package", "int8"))
     groups = {group.name: group for group in manifest.precision.groups}
     assert (manifest.precision.name, set(groups)) == ("int8", {"embedding", "linear", "norm", "rope"})
-    assert groups["embedding"].length_bytes == 384 * 64 + 384 * 2 * 4
+    assert groups["embedding"].length_bytes == 384 * (64 + 2 * 2)
     assert (groups["linear"].dtype, groups["linear"].bits, groups["linear"].block_size) == ("uint8", 8, 32)
 
 
 def test_a_scheme_gives_each_layer_a_format_of_its_own(tiny_checkpoint: Path) -> None:
-    coarse, fine = uniform_rtn(INT4_FORMAT), uniform_rtn(INT8_FORMAT)
+    coarse, fine = uniform(INT4_FORMAT, quantize_rtn), uniform(INT8_FORMAT, quantize_rtn)
 
     def scheme(module: str) -> MatrixRecipe:
         return (fine if module.endswith("down_proj") else coarse)(module)
@@ -185,7 +187,7 @@ def test_a_scheme_gives_each_layer_a_format_of_its_own(tiny_checkpoint: Path) ->
         group.name: (group.bits, group.length_bytes)
         for group in describe_precision("int4", choose_target("int4", "cpu"), graph).groups
     }
-    assert groups["linear.8bit-32"] == (8, 2 * (64 * 96 + 64 * 3 * 4))
+    assert groups["linear.8bit-32"] == (8, 2 * 64 * (96 + 3 * 2))
     assert groups["linear"][0] == 4
 
 

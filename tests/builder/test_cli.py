@@ -84,7 +84,7 @@ def test_evaluate(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     arguments = ["evaluate", str(package), "--reference", str(tiny_checkpoint), "--text", str(text)]
     assert main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)[str(package)]
     assert found["top1_agreement"] == 1.0
     assert found["kl_mean"] < 1e-6
     assert main(["evaluate", str(tmp_path), *arguments[2:]]) == 4  # no package

@@ -18,7 +18,7 @@ from lamplighter_agent.errors import BuildError, ConfigError, IncompatiblePackag
 from lamplighter_agent.package.manifest import ExecutionProvider, read_manifest
 from lamplighter_agent.update.compatibility import DeviceFacts, check_compatible
 from lamplighter_builder.parity import Reference, compare_logits
-from lamplighter_builder.precision import INT4_FORMAT, INT8_FORMAT, PrecisionName
+from lamplighter_builder.precision import FOREIGN_INT4_FORMAT, INT8_FORMAT, PrecisionName
 from lamplighter_builder.quantization.rtn import quantize_rtn
 from lamplighter_builder.runner import IntArray, Runner
 from support.families import FAMILIES, LONG_ROPE_SWITCH, write_family_checkpoint
@@ -84,7 +84,7 @@ def test_manifest_and_genai_config_name_the_provider(foreign_package: Path) -> N
 
 def test_cpu_kernels_compute_what_the_weights_say(foreign_package: Path, untied_checkpoint: Path) -> None:
     manifest = read_manifest(foreign_package)
-    block_format = {"int4": INT4_FORMAT, "int8": INT8_FORMAT}.get(manifest.precision.name)
+    block_format = {"int4": FOREIGN_INT4_FORMAT, "int8": INT8_FORMAT}.get(manifest.precision.name)
     model = AutoModelForCausalLM.from_pretrained(untied_checkpoint, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from lamplighter_agent.package.manifest import ExecutionProvider
 from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
-from lamplighter_builder.precision import PrecisionName
+from lamplighter_builder.precision import PrecisionName, QuantizationOptions, QuantizerName
 from lamplighter_builder.progress import SilentProgress
 
 if TYPE_CHECKING:
@@ -121,10 +121,17 @@ def build_tiny_package(
     name: str = "tiny",
     version: str = "1.0.0",
     execution_provider: ExecutionProvider = "cpu",
+    quantizer: QuantizerName = "rtn",
 ) -> Path:
     """Build a package from a Hugging Face directory and return its directory."""
     options = BuildOptions(
-        output=output, precision=precision, name=name, version=version, execution_provider=execution_provider
+        output=output,
+        precision=precision,
+        name=name,
+        version=version,
+        execution_provider=execution_provider,
+        quantization=QuantizationOptions(quantizer=quantizer),
+        measure_fidelity=False,
     )
     build_package(HuggingFaceCheckpoint(checkpoint), options, SilentProgress())
     return output

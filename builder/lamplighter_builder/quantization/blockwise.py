@@ -56,6 +56,12 @@ class BlockFormat:
         """The largest code."""
         return (1 << self.bits) - 1
 
+    def nbytes(self, out_features: int, in_features: int) -> int:
+        """Return the bytes of a stored matrix: codes, scales of half precision and zero points."""
+        blocks = self.blocks(in_features)
+        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        return out_features * (in_features * self.bits // 8 + 2 * blocks + zero_points)
+
     def blocks(self, in_features: int) -> int:
         """Return the number of blocks in a row of ``in_features`` weights.
 
@@ -78,7 +84,7 @@ class QuantizedMatrix:
     Attributes:
         format: Bits, block size and symmetry.
         codes: uint8 [N, K], one code a weight.
-        scales: float32 [N, blocks].
+        scales: float32 [N, blocks], each a number of half precision: see :func:`storable_scales`.
         zero_points: uint8 [N, blocks] if asymmetric, otherwise None.
     """
 
@@ -116,6 +122,21 @@ class QuantizedMatrix:
     def packed_zero_points(self) -> CodeArray | None:
         """Return the zero points as uint8 [N, ceil(blocks * bits / 8)], each row padded with zero bits, or None."""
         return None if self.zero_points is None else pack(self.zero_points, self.format.bits)
+
+
+def storable_scales(scales: FloatArray) -> FloatArray:
+    """Return scales that a package can store, which are numbers of half precision, as float32.
+
+    They are the next ones that are not smaller in magnitude, so that no block's extremes are clipped. The magnitude is
+    at most 65,504.
+    """
+    limit = np.finfo(np.float16).max
+    wanted = scales.clip(-limit, limit)
+    stored = wanted.astype(np.float16)
+    short = np.abs(stored.astype(np.float32)) < np.abs(wanted)
+    with np.errstate(over="ignore"):  # beyond the largest number, which is never short
+        away = np.nextafter(stored, np.copysign(np.float16(np.inf), stored))
+    return np.where(short, away, stored).astype(np.float32)
 
 
 def stack_matrices(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix | None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from lamplighter_builder.quantization.blockwise import BlockFormat, CodeArray, FloatArray, QuantizedMatrix
+from lamplighter_builder.quantization.blockwise import (
+    BlockFormat,
+    CodeArray,
+    FloatArray,
+    QuantizedMatrix,
+    storable_scales,
+)
 from lamplighter_builder.quantization.rows import in_row_ranges
 
 
@@ -42,14 +48,16 @@ def quantize_rtn(weight: FloatArray, block_format: BlockFormat) -> QuantizedMatr
 def _symmetric(values: FloatArray, block_format: BlockFormat) -> tuple[FloatArray, FloatArray]:
     """Return scales [N, blocks] and codes [N, blocks, block_size] of values of that shape."""
     lowest, highest = values.min(axis=2), values.max(axis=2)
-    scales = np.where(-lowest > highest, lowest, highest) / np.float32(-block_format.default_zero_point)
+    scales = storable_scales(
+        np.where(-lowest > highest, lowest, highest) / np.float32(-block_format.default_zero_point)
+    )
     return scales, _round(values, scales, np.float32(block_format.default_zero_point), block_format)
 
 
 def _asymmetric(values: FloatArray, block_format: BlockFormat) -> tuple[FloatArray, CodeArray, FloatArray]:
     """Return scales and zero points [N, blocks] and codes [N, blocks, block_size] of values of that shape."""
     lowest, highest = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
-    scales = (highest - lowest) / np.float32(block_format.max_code)
+    scales = storable_scales((highest - lowest) / np.float32(block_format.max_code))
     zero_points = np.rint(-lowest / _nonzero(scales)).clip(0, block_format.max_code).astype(np.uint8)
     codes = _round(values, scales, zero_points.astype(np.float32)[:, :, None], block_format)
     return scales, zero_points, codes

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lamplighter_builder.quantization.blockwise import BlockFormat, FloatArray, QuantizedMatrix
-from lamplighter_builder.quantization.rtn import quantize_rtn
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ Scheme = Callable[[str], MatrixRecipe]
 """From a matrix's module path (``model.layers.0.mlp.down_proj``) to its recipe; always the same for the same path."""
 
 
-def uniform_rtn(block_format: BlockFormat) -> Scheme:
-    """Return the scheme that rounds every matrix to nearest in one format."""
-    recipe = MatrixRecipe(block_format, lambda weight: quantize_rtn(weight, block_format))
-    return lambda _module: recipe
+def uniform(block_format: BlockFormat, quantize: Callable[[FloatArray, BlockFormat], QuantizedMatrix]) -> Scheme:
+    """Return the scheme that quantizes every matrix alike."""
+    recipe = MatrixRecipe(block_format, lambda weight: quantize(weight, block_format))
+    return lambda _path: recipe

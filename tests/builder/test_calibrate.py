@@ -1,0 +1,162 @@
+"""Calibrated builds: the streamed model is the model, a size is kept, and what is measured is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lamplighter_agent.errors import UnsupportedModelError
+from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
+from lamplighter_builder.cli import main
+from lamplighter_builder.streamed_model import StreamedModel
+from support.families import FAMILIES, write_family_checkpoint
+
+STREAMED = sorted(set(FAMILIES) - {"phimoe"})
+
+
+def manifest_of(package: Path) -> Manifest:
+    return decode_manifest((package / "manifest.json").read_bytes())
+
+
+def build(checkpoint: Path, output: Path, *options: str) -> int:
+    return main(["build", "-m", str(checkpoint), "-o", str(output), "-p", "int4", "--licence", "MIT", *options])
+
+
+def model_bytes(package: Path) -> int:
+    return sum((package / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+
+
+def _keep_gradient(path: str, kept: dict[str, torch.Tensor]) -> Callable[..., None]:
+    def hook(_module: torch.nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.register_hook(lambda found: kept.__setitem__(path, found.flatten(0, -2)))  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_streamed_model_computes_what_transformers_does(family: str, tmp_path: Path) -> None:
+    checkpoint = write_family_checkpoint(tmp_path / "checkpoint", family)
+    streamed = StreamedModel(HuggingFaceCheckpoint(checkpoint))
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    tokens = torch.randint(3, 384, (2, 40), generator=torch.Generator().manual_seed(5))
+
+    recording = streamed.record(streamed.embedding(tokens))
+    states = recording.states.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(streamed.logits(states).logsumexp(-1).sum(), states)
+    seen: dict[str, torch.Tensor] = {}
+    streamed.backward(recording, gradient, lambda path, _x, found: seen.__setitem__(path, found), lambda: None)
+
+    expected: dict[str, torch.Tensor] = {}
+    for path in seen:
+        whole.get_submodule(path).register_forward_hook(_keep_gradient(path, expected))
+    logits = whole(inputs_embeds=whole.get_input_embeddings()(tokens).requires_grad_(True)).logits
+    logits.logsumexp(-1).sum().backward()
+    torch.testing.assert_close(streamed.logits(states), logits, rtol=1e-3, atol=1e-3)
+    assert seen.keys() == expected.keys()
+    assert len(seen) >= 2 * 4
+    for path, found in seen.items():
+        torch.testing.assert_close(found, expected[path], rtol=2e-3, atol=2e-3 * float(expected[path].abs().max()))
+
+
+def test_architecture_of_other_names_cannot_be_calibrated(tmp_path: Path) -> None:
+    checkpoint = HuggingFaceCheckpoint(write_family_checkpoint(tmp_path / "checkpoint", "phimoe"))
+    model = StreamedModel(checkpoint)
+    with pytest.raises(UnsupportedModelError, match="transformers looks for a tensor"):
+        model.run(model.embedding(torch.tensor([[5]])))
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    package = tmp_path_factory.mktemp("calibrated") / "package"
+    assert build(tiny_checkpoint, package, "--target-mb", "0.2") == 0
+    return package
+
+
+def test_size_is_kept_and_used(calibrated: Path) -> None:
+    # The matrices of a tiny model are large steps: one more in eight bits would be too much.
+    assert 180_000 < model_bytes(calibrated) <= 200_000
+    options = manifest_of(calibrated).provenance.options
+    assert (options["quantizer"], options["target_bytes"]) == ("gptq", 200_000)
+
+
+def test_formats_are_mixed_and_told(calibrated: Path) -> None:
+    groups = {(group.name, group.bits) for group in manifest_of(calibrated).precision.groups}
+    assert {bits for _, bits in groups} >= {4, 8}
+    report = json.loads((calibrated / "fidelity.json").read_text())
+    assert {matrix["bits"] for matrix in report["matrices"]} == {4, 8}
+    assert report["fidelity"]["kl_mean"] == manifest_of(calibrated).fidelity.kl_mean  # type: ignore[union-attr]
+    sizes = [point["nbytes"] for point in report["alternatives"]]
+    assert sizes == sorted(sizes)
+    costs = [point["expected_kl"] for point in report["alternatives"]]
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_report_is_a_page_that_needs_nothing_else(calibrated: Path) -> None:
+    page = (calibrated / "fidelity.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "http" not in page
+    assert {"fidelity.json", "fidelity.html"} <= {entry.name for entry in manifest_of(calibrated).files}
+
+
+def test_listening_brings_a_package_closer_than_rounding(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    found = {}
+    for quantizer in ("rtn", "gptq"):
+        assert build(tiny_checkpoint, tmp_path / quantizer, "-q", quantizer) == 0
+        fidelity = manifest_of(tmp_path / quantizer).fidelity
+        assert fidelity is not None
+        found[quantizer] = fidelity.kl_mean
+    assert model_bytes(tmp_path / "gptq") == model_bytes(tmp_path / "rtn")
+    assert found["gptq"] < found["rtn"]
+
+
+def test_same_build_gives_the_same_bytes(calibrated: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert build(tiny_checkpoint, tmp_path / "again", "--target-mb", "0.2") == 0
+    assert (tmp_path / "again" / "model.onnx.data").read_bytes() == (calibrated / "model.onnx.data").read_bytes()
+
+
+def test_package_that_diverges_too_much_is_not_built(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(tiny_checkpoint, tmp_path / "package", "--max-kl", "0.000001") == 12
+    assert "but --max-kl allows 1e-06" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target-mb", "0.05"), "with 4 bits a weight, but the budget leaves"),
+        (("--target-mb", "1", "--bits-per-weight", "5"), "name the same bound"),
+        (("-q", "rtn", "--target-mb", "1"), "neither listens to calibration text nor keeps to a size"),
+        (("-e", "cuda", "--target-mb", "1"), "has one format for all matrices"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: tuple[str, ...], message: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(tiny_checkpoint, tmp_path / "package", *options) == 3
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_own_calibration_text_that_is_too_short(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Too little.")
+    assert build(tiny_checkpoint, tmp_path / "package", "--calibration", str(text)) == 3
+    assert "give more text" in capsys.readouterr().err
+
+
+def test_packages_are_compared_side_by_side(
+    calibrated: Path, tiny_int4: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(calibrated), str(tiny_int4), "--reference", str(tiny_checkpoint), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[str(calibrated)]["kl_mean"] < found[str(tiny_int4)]["kl_mean"]
