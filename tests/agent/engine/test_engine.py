@@ -351,7 +351,9 @@ def test_several_answers_are_what_their_seeds_give_alone_from_one_prefill(engine
     items = list(engine.generate(LONG, msgspec.structs.replace(SEEDED, n=3)))
     end = items[-1].finished
     assert end is not None
-    answers = [[item.token_id for item in items[:-1] if item.index == index] for index in range(3)]
+    # The tail of a text whose last token ends inside a character comes without a token.
+    tokens = [item for item in items if item.token_id is not None]
+    answers = [[item.token_id for item in tokens if item.index == index] for index in range(3)]
     alone = [run(engine, LONG, msgspec.structs.replace(SEEDED, seed=11 + index))[0] for index in range(3)]
     assert answers == alone
     assert (end.usage.prompt_tokens, end.usage.generated_tokens) == (100, 72)
