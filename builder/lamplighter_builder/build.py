@@ -11,27 +11,31 @@ from typing import Final
 
 import numpy as np
 import onnx
+from tokenizers import Tokenizer
 
-from lamplighter_agent.errors import BuildError, CheckpointError, ConfigError, WeightMismatchError
+from lamplighter_agent.errors import (
+    BuildError,
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    WeightMismatchError,
+)
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
-    CacheScales,
     ExecutionProvider,
-    Fidelity,
     Manifest,
     MemoryNeeds,
     ModelFacts,
-    SelfTest,
     Target,
 )
-from lamplighter_builder.cache_scales import calibrate_cache
 from lamplighter_builder.calibrate import Calibrated, Calibrator, calibration_tokens
 from lamplighter_builder.chat_template import compile_chat_template
 from lamplighter_builder.checkpoint import Checkpoint, WeightSource
 from lamplighter_builder.drafts import Drafts, count_parameters, finish_graph
 from lamplighter_builder.evaluation import Reference, check_fidelity, evaluation_windows, write_report
+from lamplighter_builder.examination import Examination, Subject, examine
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
 from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
 from lamplighter_builder.graph_check import check_graph
@@ -54,7 +58,6 @@ from lamplighter_builder.precision import (
 )
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
-from lamplighter_builder.self_test import load_runner, make_self_tests
 from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weight_file import WeightFile
 
@@ -135,11 +138,10 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         if options.quantization.quantizer == "gptq":
             scratch = stack.enter_context(TemporaryDirectory(prefix=".calibration-", dir=options.output.parent))
             tokens = calibration_tokens(options.quantization.calibration, tokenizer, chat_format, facts)
-            calibrator = Calibrator(checkpoint, tokens, progress)
             bound = options.quantization.bound_bytes(facts.parameters)
+            calibrator = Calibrator(checkpoint, tokens, progress)
             calibrated = calibrator.quantize_within(bound, graph, drafts.measure, Path(scratch))
-            weights = calibrated.weights
-            _, graph = drafts.make(calibrated.scheme)
+            weights, (_, graph) = calibrated.weights, drafts.make(calibrated.scheme)
         regions = write_weights(graph, weights, target, writer.directory / WEIGHTS_NAME, progress)
         written = write_graph(graph, regions, target, facts, writer.directory / MODEL_NAME)
         writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
@@ -152,28 +154,14 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         writer.copy_notices(checkpoint.notices)
         writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation, target, written.graph))
         memory = memory_needs(facts, resident_weights(graph, target), target)
-        self_tests: tuple[SelfTest, ...] = ()
-        scales: CacheScales | None = None
-        fidelity: Fidelity | None = None
+        examination = Examination()
         if runs_here(target, memory):
-            runner = load_runner(writer.directory / MODEL_NAME, progress)
-            if target.cache_dtype == "float32":
-                progress.stage("cache scales", 1)
-                scales = calibrate_cache(runner, tokenizer, facts)
-                progress.advance(1)
-            self_tests = make_self_tests(
-                runner,
-                tokenizer,
-                chat_format,
-                generation,
-                progress,
-                short_rope_tokens=None if facts.rope is None else facts.rope.original_max_position_embeddings,
-            )
-            if options.measure_fidelity:
-                reference = Reference(checkpoint, evaluation_windows(tokenizer, None), progress)
-                fidelity = reference.compare(runner, progress)
-                check_fidelity(fidelity, options.max_kl)
-                write_report(writer, f"{options.name}/{options.version}", fidelity, calibrated)
+            subject = Subject(writer.directory / MODEL_NAME, tokenizer, chat_format, generation, facts, target)
+            reference = open_reference(checkpoint, tokenizer, options, progress)
+            examination = examine(subject, reference, progress)
+            if examination.fidelity is not None:
+                check_fidelity(examination.fidelity, options.max_kl)
+                write_report(writer, f"{options.name}/{options.version}", examination.fidelity, calibrated)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name,
@@ -184,15 +172,35 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             target=Target(execution_provider=options.execution_provider, operator_domains=operator_domains(written)),
             files=writer.entries(progress),
             memory=memory,
-            cache_scales=scales,
+            cache_scales=examination.cache_scales,
             generation=generation,
             chat_format=chat_format,
-            self_tests=self_tests,
-            fidelity=fidelity,
+            self_tests=examination.self_tests,
+            fidelity=examination.fidelity,
             provenance=provenance(checkpoint.source, checkpoint.files, options.recorded, progress),
         )
         writer.finish(manifest)
     return manifest
+
+
+def open_reference(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, options: BuildOptions, progress: Progress
+) -> Reference | None:
+    """Return the reference of the fidelity report; None without a report.
+
+    An architecture that cannot be run layer by layer is built without one, unless ``max_kl`` depends on it.
+
+    Raises:
+        UnsupportedModelError: If it cannot, and ``max_kl`` is set.
+    """
+    if not options.measure_fidelity:
+        return None
+    try:
+        return Reference(checkpoint, evaluation_windows(tokenizer, None), progress)
+    except UnsupportedModelError:
+        if options.max_kl is not None:
+            raise
+        return None
 
 
 def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:

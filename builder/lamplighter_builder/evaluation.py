@@ -56,6 +56,7 @@ class Reference:
         self.windows = windows
         self._model = StreamedModel(checkpoint)
         self._states = self._model.run(self._model.embedding(torch.from_numpy(windows)))
+        self._model.forget_embedding()
         progress.advance(1)
 
     def compare(self, runner: Runner, progress: Progress) -> Fidelity:

@@ -77,7 +77,7 @@ class StreamedModel:
         model.requires_grad_(False)
         model.train(mode=False)
         self._decoder: nn.Module = model.get_decoder()
-        self.embedding: nn.Module = model.get_input_embeddings()
+        self.embedding: nn.Embedding = model.get_input_embeddings()
         self.head: nn.Linear = model.get_output_embeddings()
         self._softcap: float | None = config.to_dict().get("final_logit_softcapping")
         for name, parameter in model.named_parameters():
@@ -110,6 +110,11 @@ class StreamedModel:
                     hooks.callback(hook.remove)
             states: torch.Tensor = self._decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return states
+
+    def forget_embedding(self) -> None:
+        """Give the embedding's memory back, unless the head shares it: only ``logits`` works afterwards."""
+        if self.embedding.weight is not self.head.weight:
+            self.embedding.weight.data = torch.empty(0)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return [..., vocab_size] for what the head is given, [..., hidden_size]."""

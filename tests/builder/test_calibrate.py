@@ -71,6 +71,16 @@ def test_architecture_of_other_names_cannot_be_calibrated(tmp_path: Path) -> Non
         model.run(model.embedding(torch.tensor([[5]])))
 
 
+def test_architecture_of_other_names_is_built_without_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_family_checkpoint(tmp_path / "checkpoint", "phimoe")
+    assert build(checkpoint, tmp_path / "package") == 0
+    assert manifest_of(tmp_path / "package").fidelity is None
+    assert build(checkpoint, tmp_path / "gated", "--max-kl", "9") == 10
+    assert "transformers looks for a tensor" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def calibrated(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     package = tmp_path_factory.mktemp("calibrated") / "package"
