@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -120,3 +121,14 @@ def test_keys_of_short_factors_are_not_reused_for_a_long_prompt(checkpoint: Path
     generated, end = engine_tokens(engine, whole[:45])
     assert end.usage.cached_tokens == 40
     assert_greedy(reference, whole[:45], generated)
+
+
+@pytest.mark.parametrize("family", LONG_ROPE, indirect=True)
+def test_pinned_prompt_that_outgrows_the_short_factors_is_left_out(
+    package: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = msgspec.structs.replace(OPTIONS, pinned_prompts=("answer the question " * 30,))
+    engine = Engine.load(package, options=options)
+    assert "outgrows LongRoPE's short factors" in caplog.text
+    assert engine.prefixes.nbytes == 0
+    assert engine.runner.cache.offset(0) == 0

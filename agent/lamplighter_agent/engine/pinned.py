@@ -38,7 +38,8 @@ def pinned_tokens(text: str, encode: Callable[[list[ChatMessage]], list[int]]) -
 def warm(prefixes: PrefixCache, runner: Runner, sequences: Iterable[list[int]], *, chunk_tokens: int) -> None:
     """Bring sequences into the prefix cache and pin them: from disk as far as they are there, else computed.
 
-    What fits neither into a slot nor into the cache is left out, with a warning. Slot 0 must be empty.
+    What fits neither into a slot nor into the cache, or would have keys of LongRoPE's long factors, is left out, with a
+    warning. Slot 0 must be empty.
 
     Raises:
         EngineError: If the model fails.
@@ -47,6 +48,11 @@ def warm(prefixes: PrefixCache, runner: Runner, sequences: Iterable[list[int]], 
     for tokens in sequences:
         if len(tokens) > cache.capacity:
             logger.warning("a pinned prompt of %d tokens exceeds the context of %d", len(tokens), cache.capacity)
+            continue
+        cache.plan(0, len(tokens))
+        if cache.rope_tokens(0):
+            logger.warning("a pinned prompt of %d tokens outgrows LongRoPE's short factors", len(tokens))
+            cache.release(0)
             continue
         prefixes.recall(tokens)
         begin = prefixes.restore(cache, 0, tokens)
