@@ -13,7 +13,8 @@ from lamplighter_agent.config import AgentConfig, LocalApiConfig, RequestsConfig
 from lamplighter_agent.errors import RequestError
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.commands import Outcome
-from lamplighter_agent.service.local_api import Facts, LocalApi
+from lamplighter_agent.service.local_api import LocalApi
+from lamplighter_agent.service.local_api_routes import Facts
 from lamplighter_agent.service.messages import CommandMessage, DesiredMessage
 from lamplighter_agent.service.mqtt_actions import Actions
 from lamplighter_agent.service.mqtt_service import MqttService

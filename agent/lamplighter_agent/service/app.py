@@ -20,7 +20,8 @@ from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.commands import Commands, Links
 from lamplighter_agent.service.diagnostics import LogMemory
 from lamplighter_agent.service.liveness import Liveness
-from lamplighter_agent.service.local_api import Facts, LocalApi
+from lamplighter_agent.service.local_api import LocalApi
+from lamplighter_agent.service.local_api_routes import Facts
 from lamplighter_agent.service.memory_view import MemoryReport, engine_options, memory_report
 from lamplighter_agent.service.mqtt_actions import Actions
 from lamplighter_agent.service.mqtt_service import MqttService
