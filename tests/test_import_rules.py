@@ -23,7 +23,8 @@ AGENT_LAYERS = {
     "update": {"errors", "package", "arguments"},
     "engine": {"errors", "package", "arguments"},
     "config": {"errors"},
-    "service": {"errors", "package", "update", "engine", "config", "arguments"},
+    "config_file": {"errors", "config"},
+    "service": {"errors", "package", "update", "engine", "config", "config_file", "arguments"},
     "cli": {"errors", "update", "engine", "service"},
 }
 BUILDER_LAYERS = {
@@ -78,7 +79,16 @@ def test_builder_layers_import_only_what_lies_below(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules(FLEET), ids=lambda p: str(p.relative_to(FLEET)))
 def test_fleet_imports_of_the_agent_only_formats_and_messages(path: Path) -> None:
-    allowed = ("errors", "extras", "package", "service.messages", "update.states", "update.downgrade", "__version__")
+    allowed = (
+        "errors",
+        "extras",
+        "package",
+        "service.messages",
+        "service.message_codec",
+        "update.states",
+        "update.downgrade",
+        "__version__",
+    )
     for line, name in imports(path):
         top, _, rest = name.partition(".")
         if top == "lamplighter_agent" and rest:

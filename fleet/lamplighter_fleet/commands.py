@@ -8,14 +8,8 @@ import uuid
 import msgspec
 
 from lamplighter_agent.errors import RequestError, ServiceError
-from lamplighter_agent.service.messages import (
-    CommandMessage,
-    CommandName,
-    ErrorReply,
-    ResultReply,
-    decode_reply,
-    encode,
-)
+from lamplighter_agent.service.message_codec import decode_reply, encode
+from lamplighter_agent.service.messages import CommandMessage, CommandName, ErrorReply, ResultReply
 from lamplighter_fleet.broker import Broker
 
 

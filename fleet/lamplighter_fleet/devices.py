@@ -6,15 +6,13 @@ import time
 from dataclasses import dataclass, field, replace
 
 from lamplighter_agent.errors import RequestError, ServiceError
+from lamplighter_agent.service.message_codec import decode_from_device, decode_telemetry, encode
 from lamplighter_agent.service.messages import (
     CommandMessage,
     EventMessage,
     ReportedMessage,
     StatusMessage,
     TelemetryMessage,
-    decode_from_device,
-    decode_telemetry,
-    encode,
     parse_device_topic,
 )
 from lamplighter_fleet.broker import Broker

@@ -9,16 +9,8 @@ from collections.abc import Iterator
 import msgspec
 
 from lamplighter_agent.errors import RequestError, ServiceError
-from lamplighter_agent.service.messages import (
-    CancelMessage,
-    DeltaReply,
-    ErrorReply,
-    FinalReply,
-    PromptMessage,
-    Topics,
-    decode_reply,
-    encode,
-)
+from lamplighter_agent.service.message_codec import decode_reply, encode
+from lamplighter_agent.service.messages import CancelMessage, DeltaReply, ErrorReply, FinalReply, PromptMessage, Topics
 from lamplighter_fleet.broker import Broker
 
 _ANY_DEVICE = "any"

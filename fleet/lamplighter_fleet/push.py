@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from lamplighter_agent.errors import RequestError, ServiceError
-from lamplighter_agent.service.messages import ReportedMessage, StatusMessage, decode_from_device, encode
+from lamplighter_agent.service.message_codec import decode_from_device, encode
+from lamplighter_agent.service.messages import ReportedMessage, StatusMessage
 from lamplighter_agent.service.messages import parse_device_topic as parse_topic
 from lamplighter_agent.update.states import Desired, PackageRef, UpdatePolicy
 from lamplighter_fleet.broker import Broker, Message

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lamplighter_agent.config import AgentConfig, load_config
+from lamplighter_agent.config import AgentConfig
+from lamplighter_agent.config_file import load_config
 from lamplighter_agent.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import logging
 import sys
 from pathlib import Path
 
-from lamplighter_agent.config import load_config
+from lamplighter_agent.config_file import load_config
 from lamplighter_agent.errors import LamplighterError
 from lamplighter_agent.service.app import EngineModules, run
 from support import fake_engine

@@ -15,7 +15,8 @@ import msgspec
 import yaml
 
 from lamplighter_agent.arguments import MIB, Commands, add_command
-from lamplighter_agent.config import AgentConfig, load_config
+from lamplighter_agent.config import AgentConfig
+from lamplighter_agent.config_file import load_config
 from lamplighter_agent.engine.cli import add_engine_arguments, engine_options, prepared_root
 from lamplighter_agent.errors import ConfigError, RequestError, ServiceError
 from lamplighter_agent.package.manifest import Manifest

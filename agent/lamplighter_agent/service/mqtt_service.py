@@ -19,6 +19,16 @@ from lamplighter_agent.service.admission import GenerationRequest, RequestQueue,
 from lamplighter_agent.service.answer_memory import AnswerMemory
 from lamplighter_agent.service.answers import Answer
 from lamplighter_agent.service.delta_batch import DeltaBatches
+from lamplighter_agent.service.message_codec import (
+    decode_cancel,
+    decode_command,
+    decode_desired,
+    decode_from_device,
+    decode_prompt,
+    encode,
+    encode_final,
+    error_reply,
+)
 from lamplighter_agent.service.messages import (
     CommandMessage,
     DeltaReply,
@@ -29,14 +39,6 @@ from lamplighter_agent.service.messages import (
     ReportedMessage,
     ResultReply,
     StatusMessage,
-    decode_cancel,
-    decode_command,
-    decode_desired,
-    decode_from_device,
-    decode_prompt,
-    encode,
-    encode_final,
-    error_reply,
 )
 from lamplighter_agent.service.mqtt import MqttConnection
 from lamplighter_agent.service.mqtt_actions import Actions, Envelope, Return

@@ -16,7 +16,7 @@ from msgspec import Meta
 from lamplighter_agent.engine.params import EarlyStopping, GenerationParams
 from lamplighter_agent.errors import LamplighterError, RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
-from lamplighter_agent.service.messages import error_reply
+from lamplighter_agent.service.message_codec import error_reply
 from lamplighter_agent.service.worker_messages import Prompt
 
 _UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")

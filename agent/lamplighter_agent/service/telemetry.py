@@ -19,7 +19,8 @@ from lamplighter_agent.engine.memory import read_machine_memory
 from lamplighter_agent.errors import LamplighterError, StoreError
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.machine import Throttling, read_pressure
-from lamplighter_agent.service.messages import TelemetryMessage, encode_telemetry
+from lamplighter_agent.service.message_codec import encode_telemetry
+from lamplighter_agent.service.messages import TelemetryMessage
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.spool import Spool
 from lamplighter_agent.service.worker_messages import CacheUse

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamplighter_agent.errors import RequestError
-from lamplighter_agent.service.messages import (
+from lamplighter_agent.service.message_codec import (
     MAX_MESSAGE_BYTES,
-    PromptMessage,
     decode_cancel,
     decode_command,
     decode_desired,
     decode_prompt,
     error_reply,
 )
+from lamplighter_agent.service.messages import PromptMessage
 from lamplighter_agent.service.openai_format import (
     ChatRequest,
     CompletionRequest,

@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from lamplighter_agent.engine.events import Timings, Usage
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import EngineError, LamplighterError, RequestError, WorkerError
-from lamplighter_agent.service.messages import (
+from lamplighter_agent.service.message_codec import (
     MAX_MESSAGE_BYTES,
-    CancelMessage,
-    EventMessage,
-    FinalReply,
-    ReportedMessage,
-    StatusMessage,
-    TelemetryMessage,
     decode_cancel,
     decode_command,
     decode_desired,
@@ -30,6 +24,14 @@ from lamplighter_agent.service.messages import (
     decode_reply,
     encode_final,
     error_reply,
+)
+from lamplighter_agent.service.messages import (
+    CancelMessage,
+    EventMessage,
+    FinalReply,
+    ReportedMessage,
+    StatusMessage,
+    TelemetryMessage,
 )
 from lamplighter_agent.service.topics import Topics, parse_device_topic
 
