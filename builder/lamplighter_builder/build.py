@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from lamplighter_agent.errors import (
     BuildError,
     CheckpointError,
-    ConfigError,
     UnsupportedModelError,
     WeightMismatchError,
 )
@@ -74,7 +73,7 @@ class BuildOptions:
         execution_provider: ``-e``.
         name: Package name.
         version: Package version.
-        licence: SPDX expression, or None for the checkpoint's own.
+        licence: SPDX expression, or None for the checkpoint's own, ``UNKNOWN_LICENCE`` if it states none.
         chat_format: Chat format to use instead of compiling the template, or None.
         quantization: How matrices are quantized.
         measure_fidelity: False to leave out the comparison with the checkpoint.
@@ -109,16 +108,11 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
 
     Raises:
         BuildError: If the checkpoint cannot be built with these options; see its subclasses.
-        ConfigError: If the output directory is not empty, or the licence is unknown.
+        ConfigError: If the output directory is not empty.
         DiskFullError: If the disk is full.
     """
     check_reference(options.name, options.version)
     options.quantization.check(options.precision, options.execution_provider)
-    licence = options.licence or spdx_licence(checkpoint.licence)
-    if licence is None:
-        raise ConfigError(
-            f"{checkpoint.path}: the checkpoint states no licence", hint="give one: --licence SPDX-EXPRESSION"
-        )
     target = choose_target(options.precision, options.execution_provider)
     drafts = Drafts(checkpoint, target)
     scheme = uniform_scheme(options.precision, options.execution_provider, options.quantization.quantizer)
@@ -166,7 +160,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             format_version=FORMAT_VERSION,
             name=options.name,
             version=options.version,
-            licence=licence,
+            licence=options.licence or spdx_licence(checkpoint.licence),
             model=facts,
             precision=describe_precision(options.precision, target, graph),
             target=Target(execution_provider=options.execution_provider, operator_domains=operator_domains(written)),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 import msgspec
 
 from lamplighter_agent.errors import LamplighterError
+from lamplighter_agent.package.manifest import UNKNOWN_LICENCE
 from lamplighter_builder import __version__
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.add_argument("-c", "--cache", type=Path, help="directory for downloads, used with a hub id")
     build.add_argument("--name", help="package name; made from the checkpoint's if not given")
     build.add_argument("--version", dest="package_version", default="1.0.0", help="package version (default: 1.0.0)")
-    build.add_argument("--licence", help="SPDX expression, if the checkpoint states none")
+    build.add_argument("--licence", help="SPDX expression (default: what the checkpoint states)")
     build.add_argument("--chat-format", type=Path, help="JSON file with a chat format, instead of the chat template")
     build.add_argument("--json", action="store_true", help="print the result as JSON")
     build.set_defaults(run=run_build)
@@ -139,7 +140,7 @@ def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add.add_argument("-o", "--output", required=True, type=Path, help="directory of the package, missing or empty")
     add.add_argument("--name", help="package name; made from the folder's if not given")
     add.add_argument("--version", dest="package_version", default="1.0.0", help="package version (default: 1.0.0)")
-    add.add_argument("--licence", help="SPDX expression; such a folder states none")
+    add.add_argument("--licence", help="SPDX expression (default: unknown, since such a folder states none)")
     add.add_argument("--chat-format", type=Path, help="JSON file with a chat format, instead of the chat template")
     add.add_argument("--json", action="store_true", help="print the result as JSON")
     add.set_defaults(run=run_import)
@@ -205,6 +206,9 @@ def _make_package(work: Callable[[TerminalProgress], Manifest], arguments: argpa
     finally:
         signal.signal(signal.SIGTERM, previous)
         progress.close()
+    if manifest.licence == UNKNOWN_LICENCE:
+        print(f"the model's licence is not stated; the package says {UNKNOWN_LICENCE}: name it with --licence "
+              "SPDX-EXPRESSION before you pass the package on", file=sys.stderr)  # fmt: skip
     if arguments.json:
         facts = {"package": manifest.reference, "directory": str(arguments.output), "bytes": manifest.total_bytes}
         print(json.dumps(facts))

@@ -11,11 +11,11 @@ import msgspec
 from onnx import ModelProto
 from tokenizers import Tokenizer
 
-from lamplighter_agent.errors import ConfigError
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
+    UNKNOWN_LICENCE,
     GenerationDefaults,
     Manifest,
     ModelFacts,
@@ -54,7 +54,7 @@ class ImportOptions:
         output: Directory of the package; missing or empty.
         name: Package name.
         version: Package version.
-        licence: SPDX expression; a folder of onnxruntime-genai states none.
+        licence: SPDX expression, or None for ``UNKNOWN_LICENCE``: a folder of onnxruntime-genai states none.
         chat_format: Chat format to use instead of compiling the template, or None.
     """
 
@@ -73,12 +73,10 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
         UnsupportedModelError: If the graph differs from the contract; the sentence names every difference.
         ChatTemplateError: If the chat template cannot be compiled.
         BuildError: If onnxruntime cannot run the graph.
-        ConfigError: If the output directory is not empty, or no licence is given.
+        ConfigError: If the output directory is not empty.
         DiskFullError: If the disk is full.
     """
     check_reference(options.name, options.version)
-    if options.licence is None:
-        raise ConfigError(f"{path}: such a folder states no licence", hint="give one: --licence SPDX-EXPRESSION")
     folder = read_genai_folder(path)
     target = GraphTarget(folder.provider, half_arithmetic=folder.half, half_matrices=folder.half)
     tokenizer_files = read_tokenizer(path)
@@ -111,7 +109,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
             format_version=FORMAT_VERSION,
             name=options.name,
             version=options.version,
-            licence=options.licence,
+            licence=options.licence or UNKNOWN_LICENCE,
             model=facts,
             precision=describe_groups(tensors),
             target=Target(execution_provider=target.provider, operator_domains=operator_domains(folder.model)),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
+
+from lamplighter_agent.package.manifest import UNKNOWN_LICENCE
 
 _SPDX: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -25,9 +28,13 @@ _SPDX: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
-def spdx_licence(stated: str | None) -> str | None:
-    """Return the SPDX expression of a licence in a model card's words; None if it is unknown or not stated.
+def spdx_licence(stated: str | None) -> str:
+    """Return the SPDX expression of a licence in a model card's words.
 
-    ``other`` and names that are not in the table are unknown: a person must read the licence and name it.
+    A name that is not in the table becomes a reference of its own (``LicenseRef-bigscience-bloom-rail-1.0``); none, and
+    ``other``, which says only that there is one, are ``UNKNOWN_LICENCE``.
     """
-    return None if stated is None else _SPDX.get(stated.strip().lower())
+    name = "" if stated is None else re.sub(r"[^A-Za-z0-9.-]+", "-", stated.strip()).strip("-.")
+    if name.lower() in ("", "other", "unknown"):
+        return UNKNOWN_LICENCE
+    return _SPDX.get(name.lower(), f"LicenseRef-{name}")

@@ -34,6 +34,7 @@ class Publication:
         manifest_sha256: Digest under which the manifest is signed.
         new_bytes: Bytes of blobs that were not in the repository before.
         reused_bytes: Bytes of blobs that were.
+        licence: Of the model, as its manifest says.
         signed: The new metadata, or None if exactly this package was published already.
     """
 
@@ -41,6 +42,7 @@ class Publication:
     manifest_sha256: str
     new_bytes: int
     reused_bytes: int
+    licence: str
     signed: Signed | None
 
 
@@ -113,7 +115,8 @@ def publish_package(
         if known is None:
             files[path] = TargetFile.from_data(path, manifest_bytes, ["sha256"])
             signed = repository.sign_targets(files, before)
-    return Publication(manifest.reference, digest, new_bytes, manifest.total_bytes - new_bytes, signed)
+    reused_bytes = manifest.total_bytes - new_bytes
+    return Publication(manifest.reference, digest, new_bytes, reused_bytes, manifest.licence, signed)
 
 
 def withdraw_package(reference: str, repository: Repository) -> Signed:

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from lamplighter_agent.package.manifest import UNKNOWN_LICENCE
 from lamplighter_fleet.arguments import Commands, add_command, first_line, new_passphrase
 from lamplighter_fleet.keys import PLACES, KeyDirectory, any_encrypted, create_keys
 from lamplighter_fleet.publish import allow_downgrade, list_packages, publish_package, withdraw_package
@@ -206,6 +207,8 @@ def publish(arguments: argparse.Namespace) -> int:
         LamplighterError: If the package is not whole, or the repository cannot be signed or written.
     """
     done = publish_package(arguments.package, _repository(arguments), progress=_show_bytes)
+    if done.licence == UNKNOWN_LICENCE:
+        print(f"{done.reference} names no licence of the model ({UNKNOWN_LICENCE})", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"package": done.reference, "manifest_sha256": done.manifest_sha256,
                           "new_bytes": done.new_bytes, "reused_bytes": done.reused_bytes}))  # fmt: skip

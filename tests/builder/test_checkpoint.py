@@ -15,6 +15,7 @@ from lamplighter_agent.errors import CheckpointError, ConfigError, UnsupportedMo
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.sources import default_name, open_checkpoint
+from support.packages import load_manifest
 from support.tiny_model import build_tiny_package
 
 WEIGHTS = "model.safetensors"
@@ -177,11 +178,21 @@ def test_vocabulary_larger_than_the_embedding_is_refused(copy: Path) -> None:
     assert_build_fails(copy, CheckpointError, r"tokenizer\.json: has ids up to 383, but the embedding has 380 rows")
 
 
-def test_checkpoint_without_a_licence_needs_one(copy: Path) -> None:
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        (None, "LicenseRef-Unknown"),
+        ("---\nlicense: other\n---\n", "LicenseRef-Unknown"),
+        ("---\nlicense: bigscience bloom/rail 1.0\n---\n", "LicenseRef-bigscience-bloom-rail-1.0"),
+        ("---\nlicense: MIT\n---\n", "MIT"),
+    ],
+)
+def test_licence_is_what_the_card_says(copy: Path, tmp_path: Path, card: str | None, licence: str) -> None:
     (copy / "README.md").unlink()
-    caught = assert_build_fails(copy, ConfigError, "states no licence")
-    assert isinstance(caught.value, ConfigError)
-    assert "--licence" in str(caught.value.hint)
+    if card is not None:
+        (copy / "README.md").write_text(card)
+    package = build_tiny_package(copy, tmp_path / "package")
+    assert load_manifest(package).licence == licence
 
 
 def test_licence_texts_go_into_the_package(copy: Path, tmp_path: Path) -> None:

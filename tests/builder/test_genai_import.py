@@ -16,14 +16,15 @@ from onnx import TensorProto, helper
 
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
-from lamplighter_agent.errors import CheckpointError, ConfigError, UnsupportedModelError
+from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
 from lamplighter_agent.package.hashing import verify_file
-from lamplighter_agent.package.manifest import Manifest, read_manifest
+from lamplighter_agent.package.manifest import UNKNOWN_LICENCE, Manifest, read_manifest
 from lamplighter_builder.cli import main
 from lamplighter_builder.genai_import import ImportOptions, import_package
 from lamplighter_builder.parity import Reference, compare_logits
 from lamplighter_builder.progress import SilentProgress
 from lamplighter_builder.runner import Runner
+from support.packages import load_manifest
 from support.tiny_model import build_tiny_package
 
 ModelChange = Callable[[onnx.ModelProto], object]
@@ -272,8 +273,9 @@ def test_weights_outside_of_the_folder_are_refused(folder: Path, tmp_path: Path)
 
 
 def test_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["import", str(folder), "-o", str(tmp_path / "package")]) == ConfigError.exit_code
+    assert main(["import", str(folder), "-o", str(tmp_path / "unnamed")]) == 0
     assert "--licence" in capsys.readouterr().err
+    assert load_manifest(tmp_path / "unnamed").licence == UNKNOWN_LICENCE
     assert main(["import", str(folder), "-o", str(tmp_path / "package"), "--licence", "MIT", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["package"] == "folder/1.0.0"
     assert main(["inspect", str(tmp_path / "package"), "--json"]) == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from lamplighter_agent.errors import (
     StoreError,
 )
 from lamplighter_agent.package.layout import MANIFEST_NAME, WEIGHTS_NAME
+from lamplighter_agent.package.manifest import UNKNOWN_LICENCE
+from lamplighter_fleet.cli import main
 from lamplighter_fleet.keys import KeyDirectory, create_keys
 from lamplighter_fleet.publish import list_packages, publish_package
 from lamplighter_fleet.repository import Expiry, Repository
@@ -93,6 +96,18 @@ def test_published_package_is_seen_by_a_plain_tuf_client(repository: Repository,
     assert publication.new_bytes == load_manifest(package).total_bytes
     seen = client_sees(repository, tmp_path, "tiny/1.0.0/manifest.json")
     assert seen == (package / MANIFEST_NAME).read_bytes()
+
+
+def test_package_without_a_named_licence_is_published_with_a_warning(
+    package: Path, keys: KeyDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = msgspec.structs.replace(load_manifest(package), licence=UNKNOWN_LICENCE)
+    (package / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
+    options = ["--repository", str(tmp_path / "repository"), "--keys", str(keys.path), "--json"]
+    assert main(["publish", str(package), *options]) == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["package"] == "tiny/1.0.0"
+    assert "names no licence" in found.err
 
 
 def test_blobs_lie_under_their_digest(repository: Repository, package: Path) -> None:

@@ -27,6 +27,9 @@ from lamplighter_agent.package.manifest_rules import check_manifest
 FORMAT_VERSION: Final = "1.0"
 _FORMAT_MAJOR: Final = 1
 
+UNKNOWN_LICENCE: Final = "LicenseRef-Unknown"
+"""``Manifest.licence`` of a package whose licence nobody named; who passes the package on must find out."""
+
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**53)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
