@@ -44,16 +44,30 @@ class _Candidate(NamedTuple):
     complete: bool
 
 
-class BeamSearch:
-    """The beams of one request.
+class BeamRules(NamedTuple):
+    """What a search keeps and when it is over.
 
-    Args:
+    Attributes:
         num_beams: Beams kept, at least 2.
-        history: The prompt.
         limit: Most tokens to generate.
         stop_ids: Tokens that complete a text.
         length_penalty: See above.
         early_stopping: See ``GenerationParams``.
+    """
+
+    num_beams: int
+    limit: int
+    stop_ids: frozenset[int]
+    length_penalty: float = 1.0
+    early_stopping: EarlyStopping = False
+
+
+class BeamSearch:
+    """The beams of one request.
+
+    Args:
+        rules: How many, and until when.
+        history: The prompt.
         processors: Rules, applied to log-probabilities.
         ends_text: Tells whether generated tokens hold a stop text at their end.
 
@@ -64,25 +78,17 @@ class BeamSearch:
 
     def __init__(
         self,
-        num_beams: int,
+        rules: BeamRules,
         history: History,
         *,
-        limit: int,
-        stop_ids: frozenset[int],
-        length_penalty: float = 1.0,
-        early_stopping: EarlyStopping = False,
         processors: tuple[Processor, ...] = (),
         ends_text: Callable[[list[int]], bool] = lambda tokens: False,
     ) -> None:
-        self._num_beams = num_beams
-        self._limit = limit
-        self._stop_ids = stop_ids
-        self._length_penalty = length_penalty
-        self._early_stopping = early_stopping
+        self._rules = rules
         self._processors = processors
         self._ends_text = ends_text
-        self._open = [history.copy() for _ in range(num_beams)]
-        self._scores = [0.0] + [_OUT] * (num_beams - 1)
+        self._open = [history.copy() for _ in range(rules.num_beams)]
+        self._scores = [0.0] + [_OUT] * (rules.num_beams - 1)
         self._finished: list[Hypothesis] = []
         self._improvable = True
         self.done = False
@@ -107,7 +113,7 @@ class BeamSearch:
         self._keep_finished(candidates)
         going = sorted(
             candidates, key=lambda candidate: candidate.score + (_OUT if candidate.complete else 0.0), reverse=True
-        )[: self._num_beams]
+        )[: self._rules.num_beams]
         self._scores = [candidate.score + (_OUT if candidate.complete else 0.0) for candidate in going]
         beams = []
         for candidate in going:
@@ -116,8 +122,8 @@ class BeamSearch:
             beams.append(history)
         self._open = beams
         self._check_improvable()
-        full = len(self._finished) == self._num_beams
-        self.done = over or not self._improvable or (full and self._early_stopping is True)
+        full = len(self._finished) == self._rules.num_beams
+        self.done = over or not self._improvable or (full and self._rules.early_stopping is True)
         return [candidate.beam for candidate in going], [candidate.token for candidate in going]
 
     def best(self, count: int) -> list[Hypothesis]:
@@ -130,7 +136,7 @@ class BeamSearch:
 
     def _best_candidates(self, rows: list[Logits]) -> list[_Candidate]:
         """Return the best continuations of all beams, enough that ``num_beams`` go on whatever ends."""
-        count = max(2, 1 + len(self._stop_ids)) * self._num_beams
+        count = max(2, 1 + len(self._rules.stop_ids)) * self._rules.num_beams
         found: list[tuple[float, int, int]] = []
         for beam, history in enumerate(self._open):
             if self._scores[beam] <= _OUT and self.generated == 0:
@@ -147,32 +153,32 @@ class BeamSearch:
         return [_Candidate(*one, self._completes(*one[1:])) for one in found[:count]]
 
     def _completes(self, beam: int, token: int) -> bool:
-        if token in self._stop_ids or self.generated + 1 >= self._limit:
+        if token in self._rules.stop_ids or self.generated + 1 >= self._rules.limit:
             return True
         return self._ends_text([*_generated(self._open[beam]), token])
 
     def _keep_finished(self, candidates: list[_Candidate]) -> None:
         """Add what is complete among the ``num_beams`` best; the others only stand in for it."""
-        full = len(self._finished) == self._num_beams
-        if not self._improvable or (full and self._early_stopping is True):
+        full = len(self._finished) == self._rules.num_beams
+        if not self._improvable or (full and self._rules.early_stopping is True):
             return
-        for candidate in candidates[: self._num_beams]:
+        for candidate in candidates[: self._rules.num_beams]:
             if candidate.complete:
                 tokens = (*_generated(self._open[candidate.beam]), candidate.token)
-                complete = candidate.token in self._stop_ids or self._ends_text(list(tokens))
+                complete = candidate.token in self._rules.stop_ids or self._ends_text(list(tokens))
                 self._finished.append(Hypothesis(tokens, self._final(candidate.score, self.generated), complete))
         self._finished.sort(key=lambda hypothesis: -hypothesis.score)
-        del self._finished[self._num_beams :]
+        del self._finished[self._rules.num_beams :]
 
     def _check_improvable(self) -> None:
-        if len(self._finished) < self._num_beams:
+        if len(self._finished) < self._rules.num_beams:
             return
-        longest = self._early_stopping == "never" and self._length_penalty > 0.0
-        possible = self._final(self._scores[0], self._limit if longest else self.generated)
+        longest = self._rules.early_stopping == "never" and self._rules.length_penalty > 0.0
+        possible = self._final(self._scores[0], self._rules.limit if longest else self.generated)
         self._improvable = self._improvable and possible > self._finished[-1].score
 
     def _final(self, score: float, length: int) -> float:
-        return float(score / length**self._length_penalty)
+        return float(score / length**self._rules.length_penalty)
 
 
 def place_beams(rows: list[int], parents: list[int]) -> tuple[list[int], list[tuple[int, int]]]:

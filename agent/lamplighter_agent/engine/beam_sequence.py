@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamplighter_agent.engine.beam import BeamSearch, Hypothesis, place_beams
+from lamplighter_agent.engine.beam import BeamRules, BeamSearch, Hypothesis, place_beams
 from lamplighter_agent.engine.detokenizer import StopStrings
 from lamplighter_agent.engine.events import Choice, Event, FinishReason, TextDelta
 from lamplighter_agent.engine.request import Request
@@ -34,16 +34,14 @@ class BeamSequence(Sequence):
 
     def _make_search(self) -> BeamSearch:
         params, sampler = self.request.params, self.sampler
-        return BeamSearch(
+        rules = BeamRules(
             params.num_beams,
-            sampler.history,
             limit=self.request.limit,
             stop_ids=sampler.stop_ids,
             length_penalty=1.0 if params.length_penalty is None else params.length_penalty,
             early_stopping=params.early_stopping or False,
-            processors=sampler.processors,
-            ends_text=self._ends_text,
         )
+        return BeamSearch(rules, sampler.history, processors=sampler.processors, ends_text=self._ends_text)
 
     @property
     def width(self) -> int:

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
 from lamplighter_agent.engine.heap import trim_heap
+from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.live import LiveSequence
-from lamplighter_agent.engine.loading import check_target, make_cache, open_prefix_files, open_prepared
-from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
+from lamplighter_agent.engine.loading import OpenedPackage, make_cache, open_package, open_prefix_files
 from lamplighter_agent.engine.options import MIN_CONTEXT_TOKENS, EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.pinned import pinned_tokens, warm
@@ -33,12 +33,8 @@ from lamplighter_agent.engine.pressure import MemoryGuard
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.sampling import Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
-from lamplighter_agent.engine.session import ModelSession, check_operators
-from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError, RequestError
 from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
-from lamplighter_agent.package.layout import MODEL_NAME
-from lamplighter_agent.package.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -92,34 +88,29 @@ class Engine:
 
     def __init__(
         self,
-        manifest: Manifest,
-        tokenizer: PackageTokenizer,
-        session: ModelSession,
-        *,
-        plan: MemoryPlan,
+        opened: OpenedPackage,
         options: EngineOptions,
-        threads: int,
-        prepared: bool,
+        *,
         prefix_files: PrefixFiles | None = None,
     ) -> None:
+        manifest, tokenizer, plan = opened.manifest, opened.tokenizer, opened.plan
         self.manifest = manifest
         self.tokenizer = tokenizer
-        self.session = session
+        self.session = opened.session
         self.plan = plan
-        self.threads = threads
-        self.prepared = prepared
+        self.threads = opened.threads
+        self.prepared = opened.prepared
         cache = make_cache(manifest, plan)
         self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
         source = None if self._prefix_files is None else self._prefix_files.recall
         self.prefixes = PrefixCache(cache.spec, max_bytes=plan.prefix_cache_bytes, source=source)
         self.guard = MemoryGuard(self.prefixes)
-        self.runner = ModelRunner(session, cache)
+        self.runner = ModelRunner(opened.session, cache)
+        vocab_size = min(manifest.model.vocab_size, tokenizer.vocab_size)
         self.scheduler = Scheduler(
             self.runner,
-            tokenizer,
-            defaults=manifest.generation,
+            Intake(tokenizer, defaults=manifest.generation, plan=plan, vocab_size=vocab_size),
             plan=plan,
-            vocab_size=min(manifest.model.vocab_size, tokenizer.vocab_size),
             max_queued_requests=options.max_queued_requests,
             prefixes=self.prefixes if plan.prefix_cache_bytes else None,
             # A draft needs values that can be poisoned, which 8-bit integers cannot.
@@ -155,34 +146,12 @@ class Engine:
         """
         options = EngineOptions() if options is None else options
         options.validate()
-        manifest = read_manifest(package)
-        check_target(manifest)
-        plan = plan_memory(manifest, read_machine_memory(), options)
-        threads = options.threads or physical_cores()
-        tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
-        session = (
-            None
-            if prepared_root is None
-            else open_prepared(package, prepared_root, manifest, threads, plan.kv_cache_dtype)
-        )
-        prepared = session is not None
-        if session is None:
-            check_operators(package / MODEL_NAME)
-            session = ModelSession(package / MODEL_NAME, manifest, threads=threads, cache_dtype=plan.kv_cache_dtype)
+        opened = open_package(package, options, prepared_root)
         files = None
         if prefix_root is not None and options.prefix_disk_bytes:
-            files = open_prefix_files(package, prefix_root, manifest, plan, options.prefix_disk_bytes)
+            files = open_prefix_files(package, prefix_root, opened.manifest, opened.plan, options.prefix_disk_bytes)
         trim_heap()
-        return cls(
-            manifest,
-            tokenizer,
-            session,
-            plan=plan,
-            options=options,
-            threads=threads,
-            prepared=prepared,
-            prefix_files=files,
-        )
+        return cls(opened, options, prefix_files=files)
 
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Return the tokens of a prompt.

@@ -17,16 +17,13 @@ from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.request import Request
 from lamplighter_agent.engine.sampling import Hooks, Sampler, Scorer
 from lamplighter_agent.engine.sequence import Sequence
+from lamplighter_agent.engine.slots import EXTENSION_TOKENS
 from lamplighter_agent.engine.words import resolve_words
 from lamplighter_agent.errors import ContextOverflowError, RequestError
 from lamplighter_agent.package.manifest import GenerationDefaults
 
 if TYPE_CHECKING:
     from lamplighter_agent.engine.guidance import Guide, Guides
-
-EXTENSION_TOKENS: Final = 256
-"""Cache tokens that a request without ``max_tokens`` reserves at a time."""
-
 
 _ENDLESS_TOKENS: Final = 2**31 - 1
 

@@ -17,6 +17,7 @@ from lamplighter_agent.engine.detokenizer import StopStrings, StreamingDetokeniz
 from lamplighter_agent.engine.events import FinishReason, TokenLogprob
 from lamplighter_agent.engine.history import History
 from lamplighter_agent.engine.intake import Intake
+from lamplighter_agent.engine.lending import Lender
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.sampling import Sampler, Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
@@ -68,7 +69,7 @@ class LiveSequence:
         capacity: int,
         scorer: Scorer | None = None,
     ) -> None:
-        self._scheduler = scheduler
+        self._lender: Lender = scheduler.lender
         self._intake: Intake = scheduler.intake
         self._tokenizer = tokenizer
         self._chat_format = chat_format
@@ -83,7 +84,7 @@ class LiveSequence:
         self._detokenizer: StreamingDetokenizer
         self._stops: StopStrings
         self._begin_text()
-        self._slot = scheduler.lend_slot(capacity)
+        self._slot = self._lender.lend(capacity)
         self._closed = False
 
     @property
@@ -167,7 +168,7 @@ class LiveSequence:
         if not 0 <= length <= len(self._history):
             raise RequestError(f"length is {length}, but must be 0 to {len(self._history)}", param="length")
         dropped = len(self._history) - length
-        cache = self._scheduler.cache
+        cache = self._lender.cache
         cache.trim(self._slot, max(cache.offset(self._slot) - max(length - _AGAIN_TOKENS, 0), 0))
         inside = length >= max(self._history.prompt_tokens, self._grammar_from)
         self._history.rewind(length)
@@ -244,7 +245,7 @@ class LiveSequence:
         """Give the slot back; again without effect."""
         if not self._closed:
             self._closed = True
-            self._scheduler.take_back_slot(self._slot)
+            self._lender.take_back(self._slot)
 
     def __enter__(self) -> LiveSequence:
         return self
@@ -281,7 +282,7 @@ class LiveSequence:
             raise RequestError("the text is empty: append something first", param="prompt")
         self._check_room(1)
         if self._logits is None:
-            self._logits = self._scheduler.compute_lent(self._slot, self.tokens)
+            self._logits = self._lender.compute(self._slot, self.tokens)
         return self._logits
 
     def _check_open(self) -> None:

@@ -5,19 +5,71 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 from lamplighter_agent.engine.cache_graph import cache_scales
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
-from lamplighter_agent.engine.memory import MemoryPlan
+from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
+from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.prefix_files import PrefixFiles
 from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
 from lamplighter_agent.engine.rotation import key_rotations
-from lamplighter_agent.engine.session import ModelSession, onnxruntime_version
+from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
+from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
 from lamplighter_agent.package.layout import MODEL_NAME
-from lamplighter_agent.package.manifest import CacheDtype, Manifest
+from lamplighter_agent.package.manifest import CacheDtype, Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
+
+
+class OpenedPackage(NamedTuple):
+    """A package that is loaded, without caches.
+
+    Attributes:
+        manifest: The package's manifest.
+        tokenizer: Its tokenizer.
+        session: Its model.
+        plan: How memory is to be used.
+        threads: Compute threads.
+        prepared: True if the weights come from a prepared copy.
+    """
+
+    manifest: Manifest
+    tokenizer: PackageTokenizer
+    session: ModelSession
+    plan: MemoryPlan
+    threads: int
+    prepared: bool
+
+
+def open_package(package: Path, options: EngineOptions, prepared_root: Path | None) -> OpenedPackage:
+    """Open a package's tokenizer and model.
+
+    Args:
+        package: The package directory.
+        options: Limits and choices, validated.
+        prepared_root: Where prepared copies lie; a good one for this machine is used.
+
+    Raises:
+        PackageError: If the package cannot be read.
+        IncompatiblePackageError: If this machine or agent cannot run it.
+        MemoryBudgetError: If it does not fit.
+        EngineError: If the runtime fails.
+    """
+    manifest = read_manifest(package)
+    check_target(manifest)
+    plan = plan_memory(manifest, read_machine_memory(), options)
+    threads = options.threads or physical_cores()
+    tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
+    session = (
+        None if prepared_root is None else open_prepared(package, prepared_root, manifest, threads, plan.kv_cache_dtype)
+    )
+    prepared = session is not None
+    if session is None:
+        check_operators(package / MODEL_NAME)
+        session = ModelSession(package / MODEL_NAME, manifest, threads=threads, cache_dtype=plan.kv_cache_dtype)
+    return OpenedPackage(manifest, tokenizer, session, plan, threads, prepared)
 
 
 def check_target(manifest: Manifest) -> None:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
+from lamplighter_agent.engine.computing import Runner
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
-from lamplighter_agent.engine.scheduler import Runner
 from lamplighter_agent.engine.sequence import chunk_length
 from lamplighter_agent.package.chat_format import ChatMessage
 

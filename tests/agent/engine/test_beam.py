@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from lamplighter_agent.engine.beam import BeamSearch, place_beams
+from lamplighter_agent.engine.beam import BeamRules, BeamSearch, place_beams
 from lamplighter_agent.engine.events import Choice
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.history import History
@@ -150,7 +150,7 @@ def test_every_beam_finds_its_parents_row(parents: list[int], rows: list[int]) -
 def test_the_most_likely_path_may_begin_with_the_less_likely_token() -> None:
     """Greedy takes token 1 (0.6) and then at best 0.5; beams find token 2 (0.4) followed by 1.0."""
     after = {1: [0.5, 0.5, 0.0], 2: [0.0, 1.0, 0.0]}
-    search = BeamSearch(2, History([0]), limit=2, stop_ids=frozenset(), length_penalty=0.0)
+    search = BeamSearch(BeamRules(2, limit=2, stop_ids=frozenset(), length_penalty=0.0), History([0]))
     start = np.log(np.array([1e-9, 0.6, 0.4], dtype=np.float32))
     _, tokens = search.step([start, start], 3)
     rows = [np.log(np.array(after[token], dtype=np.float32) + np.float32(1e-9)) for token in tokens]

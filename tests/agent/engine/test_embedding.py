@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM
 
 from lamplighter_agent.engine.generate import Engine
+from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.scheduler import Scheduler
@@ -71,10 +72,8 @@ def test_a_package_without_hidden_states_gives_no_embeddings() -> None:
     plan = memory_plan()
     scheduler = Scheduler(
         ChecksumRunner(plan),
-        byte_level_tokenizer(),
-        defaults=DEFAULTS,
+        Intake(byte_level_tokenizer(), defaults=DEFAULTS, plan=plan, vocab_size=VOCAB_SIZE),
         plan=plan,
-        vocab_size=VOCAB_SIZE,
         max_queued_requests=4,
     )
     with pytest.raises(RequestError, match="gives no embeddings") as caught:

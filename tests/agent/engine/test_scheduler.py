@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta
+from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.scheduler import Scheduler
@@ -26,10 +27,8 @@ class World:
         self.runner = ChecksumRunner(plan, moves_keys=moves_keys)
         self.scheduler = Scheduler(
             self.runner,
-            TOKENIZER,
-            defaults=DEFAULTS,
+            Intake(TOKENIZER, defaults=DEFAULTS, plan=plan, vocab_size=VOCAB_SIZE),
             plan=plan,
-            vocab_size=VOCAB_SIZE,
             max_queued_requests=max_queued,
             prefixes=self.runner.prefixes,
             clock=lambda: self.now,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta
+from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.scheduler import Scheduler
@@ -31,10 +32,8 @@ class World:
         runner.on_prefill = self.pass_time
         self.scheduler = Scheduler(
             runner,
-            TOKENIZER,
-            defaults=DEFAULTS,
+            Intake(TOKENIZER, defaults=DEFAULTS, plan=plan, vocab_size=VOCAB_SIZE),
             plan=plan,
-            vocab_size=VOCAB_SIZE,
             max_queued_requests=64,
             clock=lambda: self.now,
         )
