@@ -104,7 +104,6 @@ class Engine:
         self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
         source = None if self._prefix_files is None else self._prefix_files.recall
         self.prefixes = PrefixCache(cache.spec, max_bytes=plan.prefix_cache_bytes, source=source)
-        self.guard = MemoryGuard(self.prefixes)
         self.runner = ModelRunner(opened.session, cache)
         vocab_size = min(manifest.model.vocab_size, tokenizer.vocab_size)
         self.scheduler = Scheduler(
@@ -116,6 +115,7 @@ class Engine:
             # A draft needs values that can be poisoned, which 8-bit integers cannot.
             speculation=options.speculation and plan.kv_cache_dtype == "float32",
         )
+        self.guard = MemoryGuard(self.prefixes, forget=self.scheduler.forget)
         self._numbers = itertools.count(1)
         self._inboxes: dict[str, deque[Event]] = {}
         self._warm(options.pinned_prompts)
@@ -280,6 +280,7 @@ class Engine:
     def forget_prefixes(self) -> None:
         """Forget what prompts began with, in memory and on the disk."""
         self.prefixes.clear()
+        self.scheduler.forget()
         if self._prefix_files is not None:
             self._prefix_files.clear()
 

@@ -198,6 +198,20 @@ class KVCache:
             self._slid_at[slot] = None
         return trimmed
 
+    def cut(self, slot: int, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens of a slot alone and give the whole pages behind them back to the system."""
+        self.trim(slot, max(self.offset(slot) - tokens, 0))
+        if sys.platform != "linux":
+            return
+        heads, rows, head_dim = self._shape
+        row_bytes = head_dim * self.spec.numpy_dtype.itemsize
+        for head in range(heads):
+            first = slot * self._slot_bytes + head * rows * row_bytes
+            begin = -(-(first + self.offset(slot) * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (first + rows * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            for region in self._maps if end > begin else ():
+                region.madvise(mmap.MADV_REMOVE, begin, end - begin)
+
     def evict(self, slot: int, keep: int, tokens: int) -> None:
         """Forget ``tokens`` tokens behind the first ``keep``; those behind them move up, keys turned to fit.
 

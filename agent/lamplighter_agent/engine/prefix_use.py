@@ -20,24 +20,37 @@ class PrefixUse:
         self._prefixes = prefixes
 
     def reuse(self, sequence: Sequence, slot: int) -> None:
-        """Copy the longest beginning of the prompt that an earlier slot or the prefix cache holds into its slot.
+        """Make a sequence's slot hold the longest beginning of the prompt that is known, and nothing else.
 
-        The last token is left, since its logits are needed, and the one before it, for ``chunk_length``'s reason.
+        It may be there from the slot's last request, or is copied from an earlier slot or the prefix cache. The last
+        token is left, since its logits are needed, and the one before it, for ``chunk_length``'s reason.
         """
-        if self._prefixes is None or not sequence.cache_prompt:
-            return
-        if self._cache.rope_tokens(slot):
-            return  # kept prefixes have keys of the short factors
-        wanted = sequence.prompt[:-2]
-        shared = [(common_prefix(self._cache.prefix(other), wanted), other) for other in range(slot)]
-        length, other = max(shared, default=(0, slot))
-        if length > self._prefixes.recall(wanted, beyond=length):
-            self._cache.copy(other, slot, length)
-        else:
-            length = self._prefixes.restore(self._cache, slot, wanted)
+        length = self._reuse(sequence, slot)
+        self._cache.cut(slot, length)
         sequence.prefilled = sequence.request.cached = length
 
-    def keep(self, sequence: Sequence, slot: int) -> None:
-        """Store what a sequence's slot holds for later prompts that begin with it."""
-        if self._prefixes is not None and sequence.cache_prompt:
-            self._prefixes.store(self._cache, slot, len(self._cache.prefix(slot)))
+    def _reuse(self, sequence: Sequence, slot: int) -> int:
+        if self._prefixes is None or not sequence.cache_prompt:
+            return 0
+        if self._cache.rope_tokens(slot):
+            return 0  # kept prefixes have keys of the short factors
+        wanted = sequence.prompt[:-2]
+        # Of equals the slot itself, where nothing is copied.
+        length, source = max((common_prefix(self._cache.prefix(one), wanted), one) for one in range(slot + 1))
+        if self._prefixes.recall(wanted, beyond=length) > length:
+            return self._prefixes.restore(self._cache, slot, wanted)
+        if source != slot:
+            self._cache.copy(source, slot, length)
+        return length
+
+    def keep(self, sequence: Sequence, slot: int) -> bool:
+        """Store what a sequence's slot holds for later prompts that begin with it; return if there may be any.
+
+        The keys of generated tokens come from decode steps, whose last bits are not those of a prefill: a further turn
+        of a conversation goes on from what the model itself has seen. A prompt of one token is left out, since its
+        first key would be such a one for everybody.
+        """
+        if self._prefixes is None or not sequence.cache_prompt or len(sequence.prompt) < 2:
+            return False
+        self._prefixes.store(self._cache, slot, len(self._cache.prefix(slot)))
+        return self._prefixes.max_bytes > 0

@@ -93,6 +93,7 @@ class MemoryGuard:
 
     Args:
         prefixes: The cache that goes first; it comes back with its own bound.
+        forget: Gives back what ended requests left besides.
         read: Reads; called once a second at most.
         clock: Monotonic seconds.
 
@@ -104,11 +105,13 @@ class MemoryGuard:
         self,
         prefixes: PrefixCache,
         *,
+        forget: Callable[[], None] = lambda: None,
         read: Callable[[], Readings] = read_pressure,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.level: PressureLevel = "none"
         self._prefixes = prefixes
+        self._forget = forget
         self._prefix_bytes = prefixes.max_bytes
         self._read = read
         self._clock = clock
@@ -128,6 +131,7 @@ class MemoryGuard:
             if self._prefixes.max_bytes:
                 logger.warning("memory is %s: the prefix cache gives up %d bytes", level, self._prefixes.nbytes)
                 self._prefixes.resize(0)
+                self._forget()
         elif now >= self._calm_s:
             self._prefixes.max_bytes = self._prefix_bytes
         if level != self.level:

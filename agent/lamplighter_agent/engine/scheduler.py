@@ -144,6 +144,16 @@ class Scheduler:
             )
         self._waiting.append(sequence)
 
+    @property
+    def used_tokens(self) -> int:
+        """Cache tokens of requests and lent slots, without what ended requests left."""
+        cache = self._runner.cache
+        return sum(map(cache.offset, range(cache.slots))) - self._slots.left_over_tokens
+
+    def forget(self) -> None:
+        """Give back the memory of what the last request left in its slot."""
+        self._slots.forget_left_over()
+
     def cancel(self, request_id: str) -> None:
         """End a request now; its slot is free at once and ``step`` reports it. Unknown ids have ended before."""
         while (sequence := self._find(request_id)) is not None:
@@ -376,6 +386,5 @@ class Scheduler:
         if sequence not in self._slots:
             self._waiting.remove(sequence)
             return
-        if keep:
-            self._prefixes.keep(sequence, self._slots.slot(sequence))
-        self._slots.remove(sequence)
+        kept = keep and self._prefixes.keep(sequence, self._slots.slot(sequence))
+        self._slots.remove(sequence, leave=kept)

@@ -1,7 +1,8 @@
 """Which sequence has which slot of the cache, and how many of the plan's cache tokens are promised to it.
 
 The slots in use are kept dense, those that decode first: ``0 … decoding-1`` decode together, the following ones are in
-prefill. Lent slots are the last ones.
+prefill. Lent slots are the last ones. The first free slot may still hold what its last request left: the next one gets
+this slot, and if it begins alike, as a further turn of a conversation does, nothing need be copied.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class SlotTable:
         self._rows: list[Sequence] = []
         self._decoding = 0
         self._reserved = 0
+        self._left_over = False
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -64,13 +66,15 @@ class SlotTable:
     def admit(self, sequence: Sequence, tokens: int) -> int | None:
         """Give a sequence the next slot and ``tokens`` cache tokens, for all of its answers; None if that is not there.
 
-        Slots and tokens of all answers are held from the start, so that ``branch`` cannot fail.
+        The slot may hold tokens of an earlier request, which the caller has to use or to forget. Slots and tokens of
+        all answers are held from the start, so that ``begin_decoding`` cannot fail.
         """
         if self._held + sequence.width > self.loans.slots_left or self._reserved + tokens > self.loans.tokens_left:
             return None
         self._reserved += tokens
         sequence.reserved = tokens
         self._rows.append(sequence)
+        self._left_over = False
         return len(self._rows) - 1
 
     def lend(self, tokens: int) -> int:
@@ -79,7 +83,10 @@ class SlotTable:
         Raises:
             RequestError: If there is none, or not that much room (429).
         """
-        return self.loans.lend(tokens, slots_held=self._held, tokens_held=self._reserved)
+        slot = self.loans.lend(tokens, slots_held=self._held, tokens_held=self._reserved)
+        if slot == len(self._rows) or self._reserved + self.left_over_tokens > self.loans.tokens_left:
+            self.forget_left_over()
+        return slot
 
     def begin_decoding(self, sequence: Sequence) -> list[Sequence]:
         """Put a sequence whose prompt is computed among those that decode, with its other answers, or beams, behind it.
@@ -87,6 +94,8 @@ class SlotTable:
         Each of these gets a slot with a copy of the prompt. Returns them all.
         """
         self._join(sequence)
+        if sequence.slots > 1:
+            self.forget_left_over()
         source, others = self._decoding - 1, sequence.branches()
         share = sequence.reserved // (1 + len(others))
         sequence.reserved = share
@@ -112,11 +121,37 @@ class SlotTable:
             return False
         sequence.reserved += more
         self._reserved += more
+        if self._reserved + self.left_over_tokens > self.loans.tokens_left:
+            self.forget_left_over()
         return True
 
-    def remove(self, sequence: Sequence) -> None:
-        """Empty a sequence's slot, keep the others dense and give the cache's memory back."""
+    @property
+    def left_over_tokens(self) -> int:
+        """Tokens in the first free slot that an earlier request left."""
+        return self._cache.offset(len(self._rows)) if self._left_over else 0
+
+    def forget_left_over(self) -> None:
+        """Empty the first free slot, if an earlier request left something there."""
+        if self._left_over:
+            self._cache.release(len(self._rows))
+            self._left_over = False
+
+    def remove(self, sequence: Sequence, *, leave: bool) -> None:
+        """Take a sequence out of its slot, keep the others dense and give the cache's memory back.
+
+        Args:
+            sequence: The sequence.
+            leave: Leave what a later prompt may begin with in the slot, if no other sequence has to move there.
+        """
+        self.forget_left_over()
         slot = self.slot(sequence)
+        if leave and slot == len(self._rows) - 1:
+            self._rows.pop()
+            self._decoding = min(self._decoding, slot)
+            self._reserved -= sequence.reserved
+            self._cache.cut(slot, len(self._cache.prefix(slot)))
+            self._left_over = True
+            return
         self._cache.trim(slot, self._cache.capacity)
         if slot < self._decoding:
             self.leave_decoding(sequence)

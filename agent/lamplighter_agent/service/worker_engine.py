@@ -86,7 +86,7 @@ class PackageEngine:
         """Return what the caches hold."""
         cache = self._engine.runner.cache
         return CacheUse(
-            kv_used_tokens=sum(cache.offset(slot) for slot in range(self.slots)),
+            kv_used_tokens=self._engine.scheduler.used_tokens,
             kv_capacity_tokens=cache.capacity * self.slots,
             prefix_bytes=self._engine.prefixes.nbytes,
         )

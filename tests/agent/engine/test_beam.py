@@ -117,7 +117,7 @@ def test_beams_beside_other_requests_are_the_same_and_leave_nothing_behind(
     next(other)
     assert ours(engine, num_beams=3, n=3) == alone
     assert sum(1 for _ in other) == 40
-    assert (engine.scheduler.running, engine.runner.cache.nbytes) == (0, 0)
+    assert (engine.scheduler.running, engine.scheduler.used_tokens) == (0, 0)
 
 
 def test_a_stop_text_completes_a_beam_and_is_cut(model_and_engine: Models) -> None:

@@ -48,7 +48,7 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(
 ) -> None:
     model, engine = model_and_engine
     assert engine.embed(tokens) == pytest.approx(theirs(model, tokens), abs=1e-4)
-    assert engine.runner.cache.nbytes == 0
+    assert engine.scheduler.used_tokens == 0
 
 
 def test_an_embedding_beside_a_generation_disturbs_neither(model_and_engine: tuple[Any, Engine]) -> None:

@@ -108,7 +108,7 @@ def test_ceasing_to_iterate_frees_the_slot(engine: Engine) -> None:
     assert engine.scheduler.running == 1
     generation.close()  # type: ignore[attr-defined]
     assert engine.scheduler.running == 0
-    assert engine.runner.cache.nbytes == 0
+    assert engine.scheduler.used_tokens == 0
 
 
 def test_a_cancel_takes_effect_within_one_step_of_prefill(engine: Engine) -> None:
@@ -282,7 +282,7 @@ def test_a_cached_prefix_gives_what_a_cold_start_gives(
     engine: Engine, tiny_package: Path, params: GenerationParams, shared: int
 ) -> None:
     prompt = [*LONG[:shared], 200, 201, 202]
-    engine.prefixes.clear()
+    engine.forget_prefixes()
     run(engine, LONG, params)
     warm, _, end = run(engine, prompt, params)
     cold, _, _ = run(engine, prompt, msgspec.structs.replace(params, cache_prompt=False))
@@ -358,7 +358,7 @@ def test_several_answers_are_what_their_seeds_give_alone_from_one_prefill(engine
     assert answers == alone
     assert (end.usage.prompt_tokens, end.usage.generated_tokens) == (100, 72)
     assert [choice.finish_reason for choice in end.choices] == ["length"] * 3
-    assert engine.runner.cache.nbytes == 0
+    assert engine.scheduler.used_tokens == 0
 
 
 def test_echo_begins_with_the_prompt_and_the_log_probabilities_of_its_tokens(engine: Engine) -> None:

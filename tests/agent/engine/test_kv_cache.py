@@ -89,6 +89,23 @@ def test_release_gives_memory_back_and_leaves_the_neighbours() -> None:
         assert buffer[2].all()
 
 
+def test_cut_keeps_the_first_tokens_and_gives_the_rest_of_the_slot_back() -> None:
+    cache = KVCache(CacheSpec(layers=1, heads=3, head_dim=64), slots=3, capacity=2048)
+    for buffer in cache.buffers:
+        buffer[:] = 1.0
+    for slot in range(3):
+        cache.advance(slot, range(2048))
+    held = _resident_bytes()
+    cache.cut(1, 100)
+    assert held - _resident_bytes() > 2 * 1024 * 1024
+    assert cache.tokens(1) == tuple(range(100))
+    for buffer in cache.buffers:
+        assert buffer[1, :, :100].all()
+        assert not buffer[1, :, 112:].any()
+        assert buffer[0].all()
+        assert buffer[2].all()
+
+
 def test_mirrors_are_slot_0_in_every_row() -> None:
     cache = filled(capacity=300)
     mirrors = cache.mirrors(4)

@@ -186,7 +186,7 @@ def test_slots_are_lent_and_given_back(engine: Engine) -> None:
     assert [item.token_id for item in three] == [item.token_id for item in two] == cold(engine, MORE, GREEDY)
     for live in (one, two, three):
         live.close()
-    assert engine.runner.cache.nbytes == 0
+    assert engine.scheduler.used_tokens == 0
     with pytest.raises(RequestError, match="is closed"):
         one.next()
 
@@ -212,7 +212,7 @@ def test_options_of_whole_requests_are_refused(engine: Engine, params: Generatio
     with pytest.raises(RequestError) as caught:
         engine.open(PROMPT, params)
     assert caught.value.param == param
-    assert engine.runner.cache.nbytes == 0
+    assert engine.scheduler.used_tokens == 0
 
 
 def test_an_empty_text_has_no_next_token(engine: Engine) -> None:

@@ -84,7 +84,7 @@ def test_a_request_runs_to_its_length() -> None:
     text = "".join(delta.text for delta in deltas) + end.text_tail
     assert text == TOKENIZER.decode(world.tokens("a"))
     assert world.scheduler.idle
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
 
 
 def test_a_prompt_in_chunks_gives_the_same_tokens() -> None:
@@ -117,6 +117,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(data: st.DataObject)
         world.submit(f"r{number}", prompt, params)
         for _ in range(data.draw(st.integers(0, 6), "steps")):
             world.step()
+            assert world.runner.cache.nbytes <= 100 * world.runner.cache.spec.bytes_per_token
         if data.draw(st.booleans(), "cancel"):
             victim = data.draw(st.sampled_from(sorted(wanted)), "victim")
             cancelled.add(victim)
@@ -130,7 +131,7 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(data: st.DataObject)
             assert world.tokens(request_id) == expected[: len(world.tokens(request_id))]
         else:
             assert (world.tokens(request_id), got.finish_reason) == (expected, reason)
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
     assert world.runner.prefixes.nbytes <= prefixes
 
 
@@ -185,7 +186,7 @@ def test_cancel_in_prefill_frees_the_slot_at_once() -> None:
     world.step()
     world.scheduler.cancel("a")
     assert world.scheduler.running == 0
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
     world.drain()
     assert world.finished("a").usage.generated_tokens == 0
 
@@ -422,6 +423,57 @@ def test_a_prefix_is_taken_from_a_request_that_is_still_running() -> None:
     assert (world.tokens("same"), "length") == alone([*prompt[:16], 99, 98], GREEDY)
 
 
+def test_what_the_last_request_left_in_its_slot_serves_the_next_one() -> None:
+    world = World(memory_plan(prefixes=32))  # no room for any prefix
+    prompt = list(range(1, 21))
+    world.submit("first", prompt)
+    world.drain()
+    turn = [*prompt, *world.tokens("first"), 9, 9]
+    world.submit("second", turn)
+    world.drain()
+    assert world.finished("second").usage.cached_tokens == 20 + 5
+    assert (world.tokens("second"), "length") == alone(turn, GREEDY)
+    world.submit("third", [*prompt[:11], 99, 98])
+    world.drain()
+    assert world.finished("third").usage.cached_tokens == 11
+    assert (world.tokens("third"), "length") == alone([*prompt[:11], 99, 98], GREEDY)
+
+
+def test_what_a_request_left_goes_when_it_is_to_be_forgotten() -> None:
+    world = World()
+    world.submit("first", list(range(1, 21)))
+    world.drain()
+    assert world.runner.cache.nbytes > 0
+    world.runner.prefixes.clear()
+    world.scheduler.forget()
+    assert world.runner.cache.nbytes == 0
+    world.submit("second", list(range(1, 21)))
+    world.drain()
+    assert world.finished("second").usage.cached_tokens == 0
+
+
+def test_what_a_request_left_makes_room_for_others() -> None:
+    world = World(memory_plan(slots=2, context=64, kv_tokens=64))
+    world.submit("long", list(range(1, 41)), GenerationParams(max_tokens=2, temperature=0.0, cache_prompt=False))
+    world.submit("short", [1, 2], GenerationParams(max_tokens=20, temperature=0.0))
+    for _ in range(12):
+        world.step()
+    slot = world.scheduler.lender.lend(40)
+    assert slot == 1
+    assert world.runner.cache.nbytes <= 24 * world.runner.cache.spec.bytes_per_token
+    world.scheduler.lender.take_back(slot)
+
+
+def test_a_prompt_of_one_token_serves_no_other() -> None:
+    """The kernel for one row computed it, which rounds otherwise than those for prompts."""
+    world = World()
+    world.submit("first", [5])
+    world.drain()
+    world.submit("second", [5, 6, 7, 8])
+    world.drain()
+    assert world.finished("second").usage.cached_tokens == 0
+
+
 def test_a_request_may_leave_the_prefix_cache_alone() -> None:
     world = World()
     apart = msgspec.structs.replace(GREEDY, cache_prompt=False)
@@ -484,7 +536,7 @@ def test_a_failing_prefill_fails_its_request_alone() -> None:
     failed = [event for event in world.events if isinstance(event, Failed)]
     assert [(event.request_id, event.reason) for event in failed] == [("bad", "engine")]
     assert world.tokens("good") == alone([1, 2], GREEDY)[0]
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
 
 
 def test_a_failing_decode_step_fails_the_requests_in_it() -> None:
@@ -497,7 +549,7 @@ def test_a_failing_decode_step_fails_the_requests_in_it() -> None:
     events = world.step()
     assert {event.request_id for event in events if isinstance(event, Failed)} == {"a", "b"}
     assert world.scheduler.idle
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
 
 
 def test_timings_tell_queue_prefill_and_decode_apart() -> None:
@@ -553,7 +605,7 @@ def test_an_answer_that_ends_frees_its_slot_and_the_last_ends_the_request() -> N
     choices = world.finished("several").choices
     assert [choice.index for choice in choices] == [0, 1, 2]
     assert sum(choice.generated_tokens for choice in choices) == world.finished("several").usage.generated_tokens
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -566,7 +618,7 @@ def test_a_cancel_ends_all_answers_with_one_event(options: dict[str, object], st
     world.scheduler.cancel("several")
     world.step()
     assert world.finished("several").finish_reason == "cancelled"
-    assert (world.scheduler.running, world.scheduler.idle, world.runner.cache.nbytes) == (0, True, 0)
+    assert (world.scheduler.running, world.scheduler.idle, world.scheduler.used_tokens) == (0, True, 0)
 
 
 def test_a_failing_step_fails_a_request_of_several_answers_once() -> None:

@@ -147,7 +147,7 @@ def test_a_failing_draft_step_fails_its_request() -> None:
     world.runner.fail_decode = True
     world.drain()
     assert [event.request_id for event in world.events if isinstance(event, Failed)] == ["a"]
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
 
 
 @given(st.data())
@@ -173,7 +173,7 @@ def test_any_schedule_on_a_copying_model_gives_each_request_its_plain_tokens(dat
         got = world.tokens(request_id)
         assert got == expected[: len(got)]
         assert len(got) == len(expected) or world.finished(request_id).finish_reason == "cancelled"
-    assert world.runner.cache.nbytes == 0
+    assert world.scheduler.used_tokens == 0
 
 
 def test_a_chunk_is_small_while_others_decode() -> None:
