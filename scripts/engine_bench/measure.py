@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
+import re
 import statistics
 import sys
 import time
@@ -50,13 +50,19 @@ def _memory(engine: Engine, workload: Workload, begun: float) -> dict[str, float
     first_s = time.perf_counter() - begun
     start, marks = _timed(engine, workload.long, workload.long_tokens)
     # The highest so far: what the end of a request does (keeping its prefix, say) counts as well.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+    peak = _peak_rss_bytes()
     return {
         "load_to_first_token_s": first_s,
         "long_prefill_tokens_per_s": len(workload.long) / (marks[0] - start),
         "long_decode_tokens_per_s": _rate(marks),
         "peak_rss_bytes": peak,
     }
+
+
+def _peak_rss_bytes() -> int:
+    """Return the highest resident size of this program; ``ru_maxrss`` begins with that of the process it came from."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * KIB
 
 
 def _speed(engine: Engine, workload: Workload, name: str) -> dict[str, float]:
