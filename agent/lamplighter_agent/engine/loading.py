@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +20,7 @@ from lamplighter_agent.engine.session import ModelSession, check_operators, onnx
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
 from lamplighter_agent.package.layout import MODEL_NAME
-from lamplighter_agent.package.manifest import CacheDtype, Manifest, read_manifest
+from lamplighter_agent.package.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +63,25 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
     check_target(manifest)
     plan = plan_memory(manifest, read_machine_memory(), options)
     threads = options.threads or physical_cores()
-    tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
-    session = (
-        None if prepared_root is None else open_prepared(package, prepared_root, manifest, threads, plan.kv_cache_dtype)
-    )
-    prepared = session is not None
+    open_model = partial(ModelSession, manifest=manifest, threads=threads, cache_dtype=plan.kv_cache_dtype)
+    copy = None if prepared_root is None else _find_copy(package, prepared_root)
+    with ThreadPoolExecutor(1, "open-model") as executor:
+        # onnxruntime packs weights for most of the time and lets other threads run; the tokenizer's parser does not, so
+        # it comes last.
+        opening: Future[ModelSession | None]
+        if copy is None:
+            opening = executor.submit(_open_built, package, open_model)
+        else:
+            opening = executor.submit(_open_copy, copy, open_model)
+        damaged = None if copy is None else damaged_file(copy)
+        tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
+        session = opening.result()
+    if damaged is not None:
+        logger.warning("the package is loaded as built: %s in %s is damaged", damaged, copy)
+        session = None
+    prepared = copy is not None and session is not None
     if session is None:
-        check_operators(package / MODEL_NAME)
-        session = ModelSession(package / MODEL_NAME, manifest, threads=threads, cache_dtype=plan.kv_cache_dtype)
+        session = _open_built(package, open_model)
     return OpenedPackage(manifest, tokenizer, session, plan, threads, prepared)
 
 
@@ -126,30 +139,26 @@ def open_prefix_files(package: Path, root: Path, manifest: Manifest, plan: Memor
     )
 
 
-def open_prepared(
-    package: Path, root: Path, manifest: Manifest, threads: int, cache_dtype: CacheDtype
-) -> ModelSession | None:
-    """Open the prepared copy; None, with the reason logged, if it cannot be used.
-
-    The hashes are computed while onnxruntime loads: nothing runs on the copy before they agree.
-    """
+def _find_copy(package: Path, root: Path) -> Path | None:
+    """Return the directory of the prepared copy; None, with the reason logged, if it cannot be used."""
     key = prepared_key(package)
     directory = prepared_directory(root, key)
     reason = check_prepared(directory, key)
     if reason is not None:
         logger.warning("the package is loaded as built: %s", reason)
         return None
-    damaged: list[str | None] = []
-    hashing = threading.Thread(target=lambda: damaged.append(damaged_file(directory)), name="hash-prepared")
-    hashing.start()
+    return directory
+
+
+def _open_copy(directory: Path, open_model: Callable[[Path], ModelSession]) -> ModelSession | None:
+    """Open a prepared copy, on which nothing may run before its checksums agree; None if it does not open."""
     try:
-        session = ModelSession(directory / MODEL_NAME, manifest, threads=threads, cache_dtype=cache_dtype)
+        return open_model(directory / MODEL_NAME)
     except (PackageError, EngineError) as error:
         logger.warning("the package is loaded as built: the prepared copy does not open: %s", error.message)
-        session = None
-    finally:
-        hashing.join()
-    if damaged != [None]:
-        logger.warning("the package is loaded as built: %s in %s is damaged", damaged, directory)
         return None
-    return session
+
+
+def _open_built(package: Path, open_model: Callable[[Path], ModelSession]) -> ModelSession:
+    check_operators(package / MODEL_NAME)
+    return open_model(package / MODEL_NAME)
