@@ -1,8 +1,10 @@
-"""Turns a decoder graph with a float32 cache into the same graph with an int8 one.
+"""Turns a decoder graph with a float32 cache of the whole context into the same graph with another cache.
 
-One package serves both: the graph is built for float32, the manifest has a scale for every channel, and where the
-memory plan chooses int8 the graph is edited as it is loaded. ``GroupQueryAttention`` then quantizes what it writes and
-reads keys and values with these scales (onnxruntime's ``docs/contrib_ops/cpu/gqa.md``).
+One package serves all: the graph is built for float32 and whole contexts, and where the memory plan chooses otherwise
+it is edited as it is loaded. For int8 the manifest has a scale for every channel; ``GroupQueryAttention`` quantizes
+what it writes and reads keys and values with these scales (onnxruntime's ``docs/contrib_ops/cpu/gqa.md``). Windowed
+layers with small buffers (``windows``) get ``sliding_window_cache``. A package does not have it from the start, because
+the operator then refuses every buffer that is smaller than the window, as other runtimes make it for a short text.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ _SCALES: Final = 12
 """Inputs of the operator: the cached keys, and the first of the two scales."""
 
 _ATTRIBUTES: Final = (b"k_quant_type", b"v_quant_type", b"kv_cache_bit_width")
+_WINDOWED: Final = b"sliding_window_cache"
 
 
 def cache_scales(scales: CacheScales, model: ModelFacts) -> list[tuple[ScaleArray, ScaleArray]]:
@@ -61,12 +64,20 @@ def cache_scales(scales: CacheScales, model: ModelFacts) -> list[tuple[ScaleArra
     ]
 
 
-def with_int8_cache(model: memoryview, scales: list[tuple[ScaleArray, ScaleArray]]) -> bytes:
-    """Return a serialized ``ModelProto`` whose cache inputs and outputs are int8.
+def with_cache(
+    model: memoryview,
+    layers: int,
+    *,
+    scales: list[tuple[ScaleArray, ScaleArray]] | None = None,
+    windowed: tuple[int, ...] = (),
+) -> bytes:
+    """Return a serialized ``ModelProto`` whose cache is another one.
 
     Args:
-        model: The model with a float32 cache.
-        scales: Scales of each layer's keys and values, float32 [heads, head_dim].
+        model: The model with a float32 cache of the whole context.
+        layers: Number of decoder layers.
+        scales: Scales of each layer's keys and values, float32 [heads, head_dim], for int8; None for float32.
+        windowed: Layers whose buffers are smaller than the context.
 
     Raises:
         PackageError: If the bytes are no model.
@@ -79,9 +90,12 @@ def with_int8_cache(model: memoryview, scales: list[tuple[ScaleArray, ScaleArray
         if layer is None:
             return bytes(node)
         found.append(layer)
-        return _quantized(node, layer)
+        edited = bytes(node) if scales is None else _quantized(node, layer)
+        return _with_window(edited) if layer in windowed else edited
 
     def edit_graph(graph: memoryview) -> bytes:
+        if scales is None:
+            return edit_fields(graph, {_GRAPH_NODE: edit_node})
         edits = {_GRAPH_NODE: edit_node, _GRAPH_INPUT: _edit_value, _GRAPH_OUTPUT: _edit_value}
         return edit_fields(graph, edits) + b"".join(
             _initializer(_scale_name(layer, kind), scale)
@@ -90,13 +104,21 @@ def with_int8_cache(model: memoryview, scales: list[tuple[ScaleArray, ScaleArray
         )
 
     edited = edit_fields(model, {_MODEL_GRAPH: edit_graph})
-    if sorted(found) != list(range(len(scales))):
+    if sorted(found) != list(range(layers)):
         raise IncompatiblePackageError(
-            f"the graph has {len(found)} attention layers with a cache of their own, but the manifest has scales for "
-            f"{len(scales)}",
-            hint="use a float32 cache",
+            f"the graph has {len(found)} attention layers with a cache of their own, but the manifest has {layers}",
+            hint="build the package anew",
         )
     return edited
+
+
+def _with_window(node: bytes) -> bytes:
+    kept = [
+        bytes(field.raw)
+        for field in read_fields(memoryview(node))
+        if field.number != _NODE_ATTRIBUTE or _name(field.content) != _WINDOWED
+    ]
+    return b"".join([*kept, _number_attribute(_WINDOWED, 1)])
 
 
 def _cache_layer(node: memoryview) -> int | None:

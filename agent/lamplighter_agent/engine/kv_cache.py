@@ -1,7 +1,9 @@
 """The KV cache: one buffer a layer for keys and one for values, shared by the model's past and present.
 
 Layout [slots, num_key_value_heads, capacity, head_dim]. Beside the buffers the cache keeps the ids of the tokens of
-each slot, so that whoever looks for a prefix need not know how they came there.
+each slot, so that whoever looks for a prefix need not know how they came there. Buffers of windowed layers may be
+smaller than the context (``windows``): they hold a slot's latest tokens, at places that follow from the number of
+tokens alone, and whoever wants to go back further than they reach must compute again.
 
 The address space is reserved once for the capacity of the memory plan; the kernel commits pages as tokens are written,
 so resident memory grows in steps of a page (16 tokens at head_dim 64) without copies, and ``release`` gives pages back.
@@ -10,17 +12,19 @@ The buffers never move, so the model's bindings to them stay valid for the life 
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamplighter_agent.engine.rotation import KeyRotation
 from lamplighter_agent.engine.shared_pages import SharedPages
+from lamplighter_agent.engine.windows import WindowedLayers
 from lamplighter_agent.errors import MemoryBudgetError
 from lamplighter_agent.package.manifest import CacheDtype, ModelFacts
 
@@ -29,7 +33,7 @@ CacheArray = NDArray[np.float32 | np.int8]
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """Shape of a cache, all layers alike.
+    """Shape of a cache.
 
     Attributes:
         layers: Number of decoder layers.
@@ -37,6 +41,7 @@ class CacheSpec:
         head_dim: Features of a head.
         dtype: Type of an element.
         short_rope_tokens: With LongRoPE, the longest text whose keys are made with the short factors; else None.
+        windowed: Layers whose buffers are smaller than the context; None if there are none.
     """
 
     layers: int
@@ -44,12 +49,18 @@ class CacheSpec:
     head_dim: int
     dtype: CacheDtype = "float32"
     short_rope_tokens: int | None = None
+    windowed: WindowedLayers | None = None
 
     @classmethod
-    def from_model(cls, model: ModelFacts, dtype: CacheDtype = "float32") -> CacheSpec:
-        """Return the spec of a manifest's model."""
+    def from_model(
+        cls, model: ModelFacts, dtype: CacheDtype = "float32", windowed: WindowedLayers | None = None
+    ) -> CacheSpec:
+        """Return the spec of a manifest's model; windowed layers get buffers of whole pages."""
         short = None if model.rope is None else model.rope.original_max_position_embeddings
-        return cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, dtype, short)
+        spec = cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, dtype, short)
+        if windowed is None:
+            return spec
+        return replace(spec, windowed=replace(windowed, capacity=spec.rows(windowed.capacity)))
 
     @property
     def numpy_dtype(self) -> np.dtype[np.float32 | np.int8]:
@@ -59,7 +70,32 @@ class CacheSpec:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token of one slot, all layers."""
-        return 2 * self.layers * self.heads * self.head_dim * self.numpy_dtype.itemsize
+        return self.layers * self._layer_bytes
+
+    def slot_bytes(self, tokens: int) -> int:
+        """Return the bytes of a slot with ``tokens`` tokens."""
+        if self.windowed is None:
+            return tokens * self.bytes_per_token
+        windowed = len(self.windowed.layers)
+        held = (self.layers - windowed) * tokens + windowed * self.windowed.resident(tokens)
+        return held * self._layer_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token of one slot in one buffer."""
+        return self.heads * self.head_dim * self.numpy_dtype.itemsize
+
+    def rows(self, tokens: int) -> int:
+        """Return how many rows a buffer has for ``tokens`` tokens: a slot is a whole number of pages.
+
+        So it can be given back and mirrored alone.
+        """
+        step = mmap.PAGESIZE // math.gcd(self.row_bytes, mmap.PAGESIZE)
+        return -(-tokens // step) * step
+
+    @property
+    def _layer_bytes(self) -> int:
+        return 2 * self.row_bytes
 
 
 class KVCache:
@@ -72,7 +108,8 @@ class KVCache:
         rotations: How the keys of each layer move to other positions; None if they cannot.
 
     Attributes:
-        buffers: Arrays [slots, heads, rows, head_dim], rows >= capacity: key and value of layer 0, of 1, …
+        buffers: Arrays [slots, heads, rows, head_dim], key and value of layer 0, of 1, …; rows >= capacity, or >= that
+            of the windowed layers.
 
     Raises:
         MemoryBudgetError: If the system refuses the address space.
@@ -88,18 +125,30 @@ class KVCache:
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
         self._slid_at: list[int | None] = [None] * slots
         self._rope_tokens = [0] * slots
-        row_bytes = spec.heads * spec.head_dim * spec.numpy_dtype.itemsize
-        # A slot is a whole number of pages, so that it can be given back and mirrored alone.
-        rows = -(-capacity // _rows_in_pages(row_bytes)) * _rows_in_pages(row_bytes)
-        self._shape = (spec.heads, rows, spec.head_dim)
-        self._slot_bytes = row_bytes * rows
-        length = slots * self._slot_bytes
+        windowed = () if spec.windowed is None else spec.windowed.layers
+        if spec.windowed is not None and spec.windowed.capacity != spec.rows(spec.windowed.capacity):
+            # The kernel takes the rows that there are for the capacity.
+            raise ValueError(f"{spec.windowed.capacity} rows of windowed layers are no whole pages")
+        self._windowed = tuple(index // 2 in windowed for index in range(2 * spec.layers))
+        self._shapes = [
+            (
+                spec.heads,
+                spec.windowed.capacity if spec.windowed is not None and small else spec.rows(capacity),
+                spec.head_dim,
+            )
+            for small in self._windowed
+        ]
+        self._slot_bytes = [spec.row_bytes * rows for _, rows, _ in self._shapes]
+        self._begins = [slots * begin for begin in itertools.accumulate(self._slot_bytes, initial=0)]
         try:
-            self._pages = SharedPages(2 * spec.layers * length)
-            self._maps = [self._pages.map(index * length, length) for index in range(2 * spec.layers)]
+            self._pages = SharedPages(self._begins[-1])
+            self._maps = [
+                self._pages.map(begin, slots * size)
+                for begin, size in zip(self._begins, self._slot_bytes, strict=False)
+            ]
         except (OSError, ValueError) as error:
             raise MemoryBudgetError(
-                f"the system refused {2 * spec.layers * length} bytes of address space for the KV cache: {error}",
+                f"the system refused {self._begins[-1]} bytes of address space for the KV cache: {error}",
                 hint="lower max_context_tokens or slots",
             ) from error
         if sys.platform == "linux":
@@ -107,7 +156,8 @@ class KVCache:
                 # Huge pages would commit 2 MiB for the first token of every head.
                 region.madvise(mmap.MADV_NOHUGEPAGE)
         self.buffers: tuple[CacheArray, ...] = tuple(
-            np.frombuffer(region, dtype=spec.numpy_dtype).reshape(slots, *self._shape) for region in self._maps
+            np.frombuffer(region, dtype=spec.numpy_dtype).reshape(slots, *shape)
+            for region, shape in zip(self._maps, self._shapes, strict=True)
         )
         self._mirror_maps: list[mmap.mmap] = []
 
@@ -120,14 +170,40 @@ class KVCache:
         Raises:
             OSError: If the system refuses the address space, or cannot map memory several times.
         """
-        length = self.slots * self._slot_bytes
         self._mirror_maps = [
-            self._pages.repeat(index * length, self._slot_bytes, rows) for index in range(len(self._maps))
+            self._pages.repeat(begin, size, rows) for begin, size in zip(self._begins, self._slot_bytes, strict=False)
         ]
         return tuple(
-            np.frombuffer(region, dtype=self.spec.numpy_dtype).reshape(rows, *self._shape)
-            for region in self._mirror_maps
+            np.frombuffer(region, dtype=self.spec.numpy_dtype).reshape(rows, *shape)
+            for region, shape in zip(self._mirror_maps, self._shapes, strict=True)
         )
+
+    def resident(self, index: int, slot: int, begin: int, end: int) -> tuple[CacheArray, int]:
+        """Return where a buffer has a slot's tokens of the positions ``begin`` to ``end``.
+
+        Args:
+            index: Which of ``buffers``.
+            slot: The row.
+            begin: First position.
+            end: Position behind the last one, from the number of valid tokens to that of rows behind it.
+
+        Returns:
+            [heads, n, head_dim] and the position of the first of these n tokens: ``begin``, or later if a windowed
+            layer has dropped it.
+        """
+        first = self._first(index, self.offset(slot))
+        begin = min(max(begin, first), end)
+        return self.buffers[index][slot, :, begin - first : end - first], begin
+
+    def steady(self, slot: int) -> int:
+        """Return how many more tokens a slot takes before windowed layers drop some."""
+        windowed = self.spec.windowed
+        return self.capacity if windowed is None else windowed.capacity - windowed.resident(self.offset(slot))
+
+    def reusable(self, slot: int, tokens: int) -> int:
+        """Return with how many of a slot's leading ``tokens`` tokens another text can begin: all, or none."""
+        windowed, held = self.spec.windowed, self.offset(slot)
+        return tokens if windowed is None or windowed.first(held) <= windowed.first(tokens) else 0
 
     def offset(self, slot: int) -> int:
         """Return the number of valid tokens of a slot."""
@@ -167,14 +243,9 @@ class KVCache:
         return self.spec.short_rope_tokens is not None and not self._rope_tokens[slot] and self.room(slot) <= 0
 
     @property
-    def can_evict(self) -> bool:
-        """True if ``evict`` can move the keys of this model."""
-        return self._rotations is not None
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the valid tokens of all slots."""
-        return sum(map(len, self._tokens)) * self.spec.bytes_per_token
+        return sum(self.spec.slot_bytes(len(tokens)) for tokens in self._tokens)
 
     def advance(self, slot: int, tokens: Iterable[int]) -> None:
         """Record that the model wrote these tokens behind the offset.
@@ -189,12 +260,16 @@ class KVCache:
         held += added
 
     def trim(self, slot: int, tokens: int) -> int:
-        """Forget the last ``tokens`` tokens of a slot; return how many there were to forget."""
+        """Forget the last ``tokens`` tokens of a slot; return how many were forgotten.
+
+        These are all of them where a windowed layer has dropped what the others would need.
+        """
         held = self._tokens[slot]
-        trimmed = min(tokens, len(held))
-        del held[len(held) - trimmed :]
+        left = self.reusable(slot, max(len(held) - tokens, 0))
+        trimmed = len(held) - left
+        del held[left:]
         slid_at = self._slid_at[slot]
-        if slid_at is not None and len(held) <= slid_at:
+        if slid_at is not None and left <= slid_at:
             self._slid_at[slot] = None
         return trimmed
 
@@ -203,31 +278,48 @@ class KVCache:
         self.trim(slot, max(self.offset(slot) - tokens, 0))
         if sys.platform != "linux":
             return
-        heads, rows, head_dim = self._shape
-        row_bytes = head_dim * self.spec.numpy_dtype.itemsize
-        for head in range(heads):
-            first = slot * self._slot_bytes + head * rows * row_bytes
-            begin = -(-(first + self.offset(slot) * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-            end = (first + rows * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            for region in self._maps if end > begin else ():
-                region.madvise(mmap.MADV_REMOVE, begin, end - begin)
+        row_bytes = self.spec.head_dim * self.spec.numpy_dtype.itemsize
+        for index, (region, (heads, rows, _)) in enumerate(zip(self._maps, self._shapes, strict=True)):
+            used = self.offset(slot) - self._first(index, self.offset(slot))
+            for head in range(slot * heads, (slot + 1) * heads):
+                begin = -(-((head * rows + used) * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = (head + 1) * rows * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > begin:
+                    region.madvise(mmap.MADV_REMOVE, begin, end - begin)
+
+    def evictable(self, slot: int, keep: int, tokens: int) -> int:
+        """Return how many tokens ``evict`` can forget behind the first ``keep``: about ``tokens``, or 0 if it cannot.
+
+        Windowed layers drop whole steps, and what they keep must lie behind the gap.
+        """
+        if self._rotations is None:
+            return 0
+        windowed = self.spec.windowed
+        if windowed is None:
+            return tokens
+        behind = windowed.first(self.offset(slot)) - keep
+        return min(-(-tokens // windowed.step), max(behind // windowed.step, 0)) * windowed.step
 
     def evict(self, slot: int, keep: int, tokens: int) -> None:
         """Forget ``tokens`` tokens behind the first ``keep``; those behind them move up, keys turned to fit.
 
         Raises:
-            ValueError: If the slot holds fewer, or the keys of this model cannot be moved.
+            ValueError: If the slot holds fewer, or the keys of this model cannot be moved so far (``evictable``).
         """
         end = self.offset(slot)
         if self._rotations is None:
             raise ValueError("the keys of this model cannot be moved to other positions")
         if keep + tokens > end:
             raise ValueError(f"slot {slot} holds {end} tokens, not {keep} + {tokens}")
+        if self.spec.windowed is not None and self.evictable(slot, keep, tokens) != tokens:
+            raise ValueError(f"slot {slot}: windowed layers cannot forget {tokens} tokens behind {keep}")
         for index, buffer in enumerate(self.buffers):
-            moved = buffer[slot, :, keep + tokens : end]
+            moved, _ = self.resident(index, slot, keep + tokens, end)
             if index % 2 == 0:
                 moved = self._rotations[index // 2].shift(moved, -tokens)
-            buffer[slot, :, keep : end - tokens] = moved
+            # The gap is before all tokens of a windowed layer, which stay in their rows.
+            begin = 0 if self._windowed[index] else keep
+            buffer[slot, :, begin : begin + moved.shape[1]] = moved
         del self._tokens[slot][keep : keep + tokens]
         slid_at = self._slid_at[slot]
         self._slid_at[slot] = keep if slid_at is None else min(keep, slid_at)
@@ -238,16 +330,20 @@ class KVCache:
         Args:
             source: Slot to copy from.
             target: Slot to copy to.
-            tokens: Tokens to hold.
+            tokens: Tokens to hold, as many as are ``reusable``.
             start: Leading tokens that both hold already, of the same computation, and that need no copy.
 
         Raises:
-            ValueError: If ``source`` holds fewer.
+            ValueError: If ``source`` holds fewer, or has dropped some that are needed.
         """
         if tokens > self.offset(source):
             raise ValueError(f"slot {source} holds {self.offset(source)} tokens, not {tokens}")
-        for buffer in self.buffers:
-            buffer[target, :, start:tokens] = buffer[source, :, start:tokens]
+        if self.reusable(source, tokens) != tokens:
+            raise ValueError(f"slot {source} has dropped what windowed layers need of its first {tokens} tokens")
+        for index, buffer in enumerate(self.buffers):
+            first = self._first(index, tokens)
+            begin = 0 if self._windowed[index] else start
+            buffer[target, :, begin : tokens - first] = buffer[source, :, begin : tokens - first]
         self._tokens[target] = self._tokens[source][:tokens]
         slid_at = self._slid_at[source]
         self._rope_tokens[target] = self._rope_tokens[source]
@@ -257,13 +353,12 @@ class KVCache:
         """Exchange two slots' contents, so that the slots in use can stay side by side."""
         if first == second:
             return
-        if self.offset(first) < self.offset(second):
-            first, second = second, first
-        long, short = self.offset(first), self.offset(second)
-        for buffer in self.buffers:
-            kept = buffer[second, :, :short].copy()
-            buffer[second, :, :long] = buffer[first, :, :long]
-            buffer[first, :, :short] = kept
+        for index, buffer in enumerate(self.buffers):
+            rows = [held - self._first(index, held) for held in (self.offset(first), self.offset(second))]
+            long, short = (first, second) if rows[0] >= rows[1] else (second, first)
+            kept = buffer[short, :, : min(rows)].copy()
+            buffer[short, :, : max(rows)] = buffer[long, :, : max(rows)]
+            buffer[long, :, : min(rows)] = kept
         self._tokens[first], self._tokens[second] = self._tokens[second], self._tokens[first]
         self._slid_at[first], self._slid_at[second] = self._slid_at[second], self._slid_at[first]
         planned = self._rope_tokens
@@ -276,10 +371,10 @@ class KVCache:
         self._rope_tokens[slot] = 0
         if sys.platform != "linux":
             return
-        for region in self._maps:
-            region.madvise(mmap.MADV_REMOVE, slot * self._slot_bytes, self._slot_bytes)
+        for region, size in zip(self._maps, self._slot_bytes, strict=True):
+            region.madvise(mmap.MADV_REMOVE, slot * size, size)
 
-
-def _rows_in_pages(row_bytes: int) -> int:
-    """Return the fewest rows of ``row_bytes`` bytes that fill whole pages."""
-    return mmap.PAGESIZE // math.gcd(row_bytes, mmap.PAGESIZE)
+    def _first(self, index: int, tokens: int) -> int:
+        """Return the position of the token that a buffer has in row 0 when a slot holds ``tokens``."""
+        windowed = self.spec.windowed
+        return windowed.first(tokens) if windowed is not None and self._windowed[index] else 0

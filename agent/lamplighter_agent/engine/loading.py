@@ -18,6 +18,7 @@ from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepa
 from lamplighter_agent.engine.rotation import key_rotations
 from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
+from lamplighter_agent.engine.windows import windowed_layers
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
 from lamplighter_agent.package.layout import MODEL_NAME
 from lamplighter_agent.package.manifest import Manifest, read_manifest
@@ -63,7 +64,7 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
     check_target(manifest)
     plan = plan_memory(manifest, read_machine_memory(), options)
     threads = options.threads or physical_cores()
-    open_model = partial(ModelSession, manifest=manifest, threads=threads, cache_dtype=plan.kv_cache_dtype)
+    open_model = partial(ModelSession, manifest=manifest, threads=threads, cache=cache_spec(manifest, plan))
     copy = None if prepared_root is None else _find_copy(package, prepared_root)
     with ThreadPoolExecutor(1, "open-model") as executor:
         # onnxruntime packs weights for most of the time and lets other threads run; the tokenizer's parser does not, so
@@ -110,6 +111,12 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) if part.isdigit() else 0 for part in text.split(".")[:2])
 
 
+def cache_spec(manifest: Manifest, plan: MemoryPlan) -> CacheSpec:
+    """Return the shape of the cache that the plan wants."""
+    windowed = windowed_layers(manifest.model, plan.max_context_tokens) if plan.kv_window_bytes else None
+    return CacheSpec.from_model(manifest.model, plan.kv_cache_dtype, windowed)
+
+
 def make_cache(manifest: Manifest, plan: MemoryPlan) -> KVCache:
     """Return an empty cache as the plan wants it.
 
@@ -120,7 +127,7 @@ def make_cache(manifest: Manifest, plan: MemoryPlan) -> KVCache:
     if plan.kv_cache_dtype == "int8" and manifest.cache_scales is not None:
         scales = tuple(key for key, _ in cache_scales(manifest.cache_scales, manifest.model))
     return KVCache(
-        CacheSpec.from_model(manifest.model, plan.kv_cache_dtype),
+        cache_spec(manifest, plan),
         slots=plan.slots,
         capacity=plan.max_context_tokens,
         rotations=key_rotations(manifest.model, scales),
@@ -129,7 +136,7 @@ def make_cache(manifest: Manifest, plan: MemoryPlan) -> KVCache:
 
 def open_prefix_files(package: Path, root: Path, manifest: Manifest, plan: MemoryPlan, max_bytes: int) -> PrefixFiles:
     """Return the prefixes that are kept on disk for a package and a kind of cache, up to ``max_bytes``."""
-    key, spec = prepared_key(package), CacheSpec.from_model(manifest.model, plan.kv_cache_dtype)
+    key, spec = prepared_key(package), cache_spec(manifest, plan)
     return PrefixFiles(
         root,
         f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec}",

@@ -13,9 +13,11 @@ import msgspec
 import psutil
 
 from lamplighter_agent.engine.cgroup import memory_levels, quota_cores
+from lamplighter_agent.engine.kv_cache import CacheSpec
 from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.windows import windowed_layers
 from lamplighter_agent.errors import IncompatiblePackageError, MemoryBudgetError
-from lamplighter_agent.package.manifest import CacheDtype, Manifest
+from lamplighter_agent.package.manifest import CacheDtype, Manifest, ModelFacts
 
 MIB: Final = 1024 * 1024
 
@@ -74,6 +76,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         max_context_tokens: Tokens that one slot may hold.
         slots: Requests decoded together.
         prefill_chunk_tokens: Prompt tokens computed at once.
+        kv_window_bytes: What windowed layers hold at most, all slots together, if their buffers are smaller than the
+            context (``windows``); ``kv_bytes_per_token`` is then that of the other layers. 0 if they are not.
     """
 
     budget_bytes: int
@@ -88,11 +92,12 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     prefill_chunk_tokens: int
     prefix_cache_bytes: int = 0
     kv_cache_dtype: CacheDtype = "float32"
+    kv_window_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of a full cache."""
-        return self.kv_tokens * self.kv_bytes_per_token
+        return self.kv_tokens * self.kv_bytes_per_token + self.kv_window_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -127,11 +132,13 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
     runtime = RUNTIME_BYTES + TOKENIZER_ENTRY_BYTES * model.vocab_size
     free = budget - (runtime + manifest.memory.weights_bytes + scratch + headroom)
     cache = _choose_cache(manifest, options, free, smallest=smallest, wanted=wanted)
+    if cache.windowed_slots is not None and model.sliding_window is not None:
+        slots, chunk = cache.windowed_slots, min(chunk, model.sliding_window)
     if cache.tokens < smallest:
-        needed = smallest * cache.bytes_per_token + cache.prefix_bytes
+        needed = smallest * cache.bytes_per_token + cache.window_bytes + cache.prefix_bytes
         raise _does_not_fit(manifest, machine, budget=budget, parts=(runtime, scratch, headroom), needed=needed)
     context = min(wanted, cache.tokens)
-    if options.slots is None:
+    if options.slots is None and cache.windowed_slots is None:
         slots = max(1, min(slots, cache.tokens // min(MIN_USEFUL_CONTEXT_TOKENS, context)))
     return MemoryPlan(
         budget_bytes=budget,
@@ -146,6 +153,7 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
         slots=slots,
         prefill_chunk_tokens=chunk,
         prefix_cache_bytes=cache.prefix_bytes,
+        kv_window_bytes=cache.window_bytes,
     )
 
 
@@ -175,12 +183,17 @@ def physical_cores() -> int:
 
 
 class _Cache(NamedTuple):
-    """A KV cache that a plan could have, and the prefix cache beside it."""
+    """A KV cache that a plan could have, and the prefix cache beside it.
+
+    ``windowed_slots`` are those that have ``window_bytes`` together; None without small buffers for windowed layers.
+    """
 
     dtype: CacheDtype
     bytes_per_token: int
     tokens: int
     prefix_bytes: int
+    window_bytes: int = 0
+    windowed_slots: int | None = None
 
 
 def _choose_cache(manifest: Manifest, options: EngineOptions, free: int, *, smallest: int, wanted: int) -> _Cache:
@@ -196,16 +209,39 @@ def _choose_cache(manifest: Manifest, options: EngineOptions, free: int, *, smal
             )
         dtypes = (options.kv_cache_dtype,)
     model = manifest.model
-    features = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     good = smallest if options.max_context_tokens is not None else min(GOOD_CONTEXT_TOKENS, wanted)
     found = []
     for dtype in dtypes:
-        per_token = features * _ELEMENT_BYTES[dtype]
+        layer_bytes = 2 * model.num_key_value_heads * model.head_dim * _ELEMENT_BYTES[dtype]
+        per_token = model.num_hidden_layers * layer_bytes
         prefixes = _prefix_cache_bytes(options, free, smallest * per_token)
-        found.append(_Cache(dtype, per_token, (free - prefixes) // per_token, prefixes))
+        whole = _Cache(dtype, per_token, (free - prefixes) // per_token, prefixes)
+        found.append(_windowed_cache(whole, model, options, free, layer_bytes=layer_bytes, wanted=wanted) or whole)
         if found[-1].tokens >= good:
             return found[-1]
     return found[-1]
+
+
+def _windowed_cache(
+    whole: _Cache, model: ModelFacts, options: EngineOptions, free: int, *, layer_bytes: int, wanted: int
+) -> _Cache | None:
+    """Return the same cache with small buffers for windowed layers; None where that would not hold more tokens.
+
+    Fewer slots than usual are taken where the windows of all would leave too little for the other layers.
+    """
+    windowed = CacheSpec.from_model(model, whole.dtype, windowed_layers(model, wanted)).windowed
+    if windowed is None:
+        return None
+    window_bytes = len(windowed.layers) * windowed.capacity * layer_bytes
+    per_token = whole.bytes_per_token - len(windowed.layers) * layer_bytes
+    for slots in (options.slots,) if options.slots is not None else range(DEFAULT_SLOTS, 0, -1):
+        left = free - whole.prefix_bytes - slots * window_bytes
+        tokens = max(left // per_token, 0) if per_token else slots * wanted if left >= 0 else 0
+        context = min(tokens, wanted)
+        longer = context > windowed.capacity and context >= min(whole.tokens, wanted)
+        if longer and tokens >= min(whole.tokens, slots * wanted):
+            return _Cache(whole.dtype, per_token, tokens, whole.prefix_bytes, slots * window_bytes, slots)
+    return None
 
 
 def _prefix_cache_bytes(options: EngineOptions, free: int, kv_bytes: int) -> int:

@@ -58,6 +58,7 @@ def warm(prefixes: PrefixCache, runner: Runner, sequences: Iterable[list[int]], 
         begin = prefixes.restore(cache, 0, tokens)
         while begin < len(tokens):
             length = chunk_length(len(tokens) - begin, chunk_tokens)
+            prefixes.store_before_loss(cache, 0, length, pinned=True)
             runner.prefill(0, tokens[begin : begin + length])
             begin += length
         stored = prefixes.store(cache, 0, len(tokens), pinned=True)

@@ -148,18 +148,22 @@ class PrefixCache:
         """Make a slot hold the leading tokens that are stored, and nothing else; return how many there are."""
         cache.trim(slot, cache.capacity)
         wanted = np.asarray(tokens, dtype=np.int64)
+        runs = list(self._walk(wanted))
+        cache.advance(slot, wanted[: sum(length for _, length in runs)].tolist())
         tick = self._tick()
         begin = 0
-        for run, length in self._walk(wanted):
-            for index, buffer in enumerate(cache.buffers):
-                buffer[slot, :, begin : begin + length] = run.rows[:length, index].swapaxes(0, 1)
+        for run, length in runs:
+            for index in range(len(cache.buffers)):
+                target, first = cache.resident(index, slot, begin, begin + length)
+                target[:] = run.rows[first - begin : length, index].swapaxes(0, 1)
             run.used = tick
             begin += length
-        cache.advance(slot, wanted[:begin].tolist())
         return begin
 
     def store(self, cache: KVCache, slot: int, tokens: int, *, pinned: bool = False) -> int:
         """Keep the first ``tokens`` tokens of a slot, or as many of them as the bound allows.
+
+        Tokens that windowed layers have dropped, and those behind them, are not kept: see ``store_before_loss``.
 
         Args:
             cache: The cache.
@@ -175,12 +179,26 @@ class PrefixCache:
         """
         if tokens > cache.offset(slot):
             raise ValueError(f"slot {slot} holds {cache.offset(slot)} tokens, not {tokens}")
+        held = cache.tokens(slot)[:tokens]
+        if cache.spec.windowed is not None:
+            stored = self.match(held)
+            if stored < cache.spec.windowed.first(cache.offset(slot)):
+                held = held[:stored]
 
         def fill(rows: CacheArray, begin: int) -> None:
-            for index, buffer in enumerate(cache.buffers):
-                rows[:, index] = buffer[slot, :, begin : begin + len(rows)].swapaxes(0, 1)
+            for index in range(len(cache.buffers)):
+                source, _ = cache.resident(index, slot, begin, begin + len(rows))
+                rows[:, index] = source.swapaxes(0, 1)
 
-        return self.store_filled(cache.tokens(slot)[:tokens], fill, pinned=pinned)
+        return self.store_filled(held, fill, pinned=pinned)
+
+    def store_before_loss(self, cache: KVCache, slot: int, coming: int, *, pinned: bool = False) -> None:
+        """Keep what a prompt of a slot's tokens gave before ``coming`` more make windowed layers drop some of it.
+
+        So the tree holds every token whole, and a text can go on from any of them.
+        """
+        if coming > cache.steady(slot):
+            self.store(cache, slot, len(cache.prefix(slot)), pinned=pinned)
 
     def resize(self, max_bytes: int) -> None:
         """Change the bound; what no longer fits goes, pinned runs last."""

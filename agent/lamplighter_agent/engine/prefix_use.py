@@ -36,7 +36,10 @@ class PrefixUse:
             return 0  # kept prefixes have keys of the short factors
         wanted = sequence.prompt[:-2]
         # Of equals the slot itself, where nothing is copied.
-        length, source = max((common_prefix(self._cache.prefix(one), wanted), one) for one in range(slot + 1))
+        cache = self._cache
+        length, source = max(
+            (cache.reusable(one, common_prefix(cache.prefix(one), wanted)), one) for one in range(slot + 1)
+        )
         if self._prefixes.recall(wanted, beyond=length) > length:
             return self._prefixes.restore(self._cache, slot, wanted)
         if source != slot:
@@ -50,7 +53,16 @@ class PrefixUse:
         of a conversation goes on from what the model itself has seen. A prompt of one token is left out, since its
         first key would be such a one for everybody.
         """
-        if self._prefixes is None or not sequence.cache_prompt or len(sequence.prompt) < 2:
+        if self._prefixes is None or not self._may_keep(sequence):
             return False
         self._prefixes.store(self._cache, slot, len(self._cache.prefix(slot)))
         return self._prefixes.max_bytes > 0
+
+    def keep_before_loss(self, sequence: Sequence, slot: int, coming: int) -> None:
+        """Store what ``coming`` more tokens in a sequence's slot would make windowed layers drop."""
+        if self._prefixes is not None and self._may_keep(sequence):
+            self._prefixes.store_before_loss(self._cache, slot, coming)
+
+    @staticmethod
+    def _may_keep(sequence: Sequence) -> bool:
+        return sequence.cache_prompt and len(sequence.prompt) > 1

@@ -171,6 +171,8 @@ class ModelRunner:
         """
         case = self._case(len(tokens))
         known = self.exactness(len(tokens))
+        if len(tokens) > self.cache.steady(0):
+            return self._singly(tokens)  # its rows would move rows that others read
         logits = None if known is False else self._run_draft(tokens)
         if known and logits is not None:
             self.cache.advance(0, tokens)
@@ -200,8 +202,9 @@ class ModelRunner:
                 logger.warning("no speculation: the cache's memory cannot be mapped several times: %s", error)
                 return None
             self._draft = _Step(self._session, mirrors, self.cache.capacity)
-        for buffer in self.cache.buffers:
-            buffer[0, :, past : past + rows] = np.nan
+        for index in range(len(self.cache.buffers)):
+            poisoned, _ = self.cache.resident(index, 0, past, past + rows)
+            poisoned[:] = np.nan
         logits = self._draft.run(tokens, range(past, past + rows), [self.cache.rope_tokens(0)] * rows)
         return logits if np.isfinite(logits[:, 0]).all() else None
 

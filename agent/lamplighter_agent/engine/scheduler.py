@@ -222,16 +222,19 @@ class Scheduler:
         """Compute the next chunk of a prompt; return the logits behind its last token."""
         request = sequence.request
         if request.wants_prompt_logprobs:
-            tokens = sequence.remaining_prompt(min(_ECHO_CHUNK_TOKENS, self._plan.prefill_chunk_tokens))
+            most = min(_ECHO_CHUNK_TOKENS, self._plan.prefill_chunk_tokens)
+        else:
+            most = self._pace.tokens(others_wait=bool(self._slots.decoding))
+        tokens = sequence.remaining_prompt(most)
+        self._prefixes.keep_before_loss(sequence, slot, len(tokens))
+        if request.wants_prompt_logprobs:
             rows = self._runner.prefill_rows(slot, tokens)
             request.note_prompt_logits(rows, self.intake.vocab_size)
             logits: Logits = rows[-1]
         elif isinstance(sequence, EmbeddingSequence):
-            tokens = sequence.remaining_prompt(self._pace.tokens(others_wait=bool(self._slots.decoding)))
             logits = self._runner.hidden_states(slot, tokens)
             sequence.add(logits)
         else:
-            tokens = sequence.remaining_prompt(self._pace.tokens(others_wait=bool(self._slots.decoding)))
             begun = self._clock()
             logits = self._runner.prefill(slot, tokens)
             self._pace.observe(len(tokens), self._clock() - begun)
@@ -248,6 +251,8 @@ class Scheduler:
         batch = self._slots.decoding
         if not batch:
             return
+        for slot, sequence in enumerate(batch):
+            self._prefixes.keep_before_loss(sequence, slot, 1)
         draft = self._draft(batch)
         begun, telling = self._clock(), len(batch) == 1
         try:
@@ -278,7 +283,8 @@ class Scheduler:
             return []
         if sequence.speculator is None:
             sequence.speculator = Speculator([*sequence.prompt, sequence.last_token], self._costs)
-        room = min(sequence.reserved - self._runner.cache.offset(0), self._runner.cache.room(0))
+        cache = self._runner.cache
+        room = min(sequence.reserved - cache.offset(0), cache.room(0), cache.steady(0))
         usable = tuple(rows for rows in WIDTHS if self._runner.exactness(rows) is not False)
         draft = sequence.speculator.draft(min(room, sequence.limit - sequence.generated) - 1, usable)
         sequence.request.drafted += len(draft)
@@ -340,12 +346,12 @@ class Scheduler:
             return False
         cache, slot = self._runner.cache, self._slots.slot(sequence)
         tokens, keep = cache.tokens(slot), min(sequence.keep, cache.offset(slot) // 2)
-        if cache.can_evict:
-            cache.evict(slot, keep, max((len(tokens) - keep) // _MOVED_SHARE, 1))
+        if gap := cache.evictable(slot, keep, max((len(tokens) - keep) // _MOVED_SHARE, 1)):
+            cache.evict(slot, keep, gap)
             return True
         recent = tokens[keep + max((len(tokens) - keep) // _COMPUTED_SHARE, 1) :]
         cache.trim(slot, len(tokens) - keep)
-        self._compute_again(sequence, [*tokens[:keep], *recent, sequence.last_token], keep)
+        self._compute_again(sequence, [*tokens[:keep], *recent, sequence.last_token], cache.offset(slot))
         return True
 
     def _take_long_factors(self, sequence: Sequence) -> None:

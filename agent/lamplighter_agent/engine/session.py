@@ -13,12 +13,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from lamplighter_agent.engine.cache_graph import cache_scales, with_int8_cache
+from lamplighter_agent.engine.cache_graph import cache_scales, with_cache
 from lamplighter_agent.engine.graph_io import GraphIO, TensorInfo, check_graph_io, read_operator_domains
-from lamplighter_agent.engine.kv_cache import CacheArray
+from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
 from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
-from lamplighter_agent.package.manifest import CacheDtype, Manifest
+from lamplighter_agent.package.manifest import Manifest
 
 ALLOWED_DOMAINS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
 """Operator domains of onnxruntime's own CPU kernels that a decoder graph needs; no other library is ever loaded."""
@@ -79,7 +79,8 @@ class ModelSession:
             ``save_prepacked`` made of one.
         manifest: The package's manifest, which the graph must agree with.
         threads: Compute threads.
-        cache_dtype: ``int8`` edits the graph as it is loaded; the manifest then has scales.
+        cache: The cache that it will be bound to; one of int8, or with windowed layers, edits the graph as it is
+            loaded. None for float32 and whole contexts.
 
     Attributes:
         io: Which optional inputs the graph has.
@@ -90,18 +91,18 @@ class ModelSession:
         EngineError: If memory runs out.
     """
 
-    def __init__(
-        self, model_path: Path, manifest: Manifest, *, threads: int, cache_dtype: CacheDtype = "float32"
-    ) -> None:
+    def __init__(self, model_path: Path, manifest: Manifest, *, threads: int, cache: CacheSpec | None = None) -> None:
         options = session_options(threads)
-        edited = None if cache_dtype == "float32" else _with_int8_cache(model_path, manifest, options)
+        cache = CacheSpec.from_model(manifest.model) if cache is None else cache
+        plain = cache.dtype == "float32" and cache.windowed is None
+        edited = None if plain else _with_cache(model_path, manifest, cache, options)
         self._runtime = _open(model_path, options, edited)
         self.io: GraphIO = check_graph_io(
             inputs=_tensor_infos(self._runtime.get_inputs()),
             overridable=_tensor_infos(self._runtime.get_overridable_initializers()),
             outputs=_tensor_infos(self._runtime.get_outputs()),
             model=manifest.model,
-            cache_dtype=cache_dtype,
+            cache_dtype=cache.dtype,
         )
 
     def bind(self, cache_rows: tuple[CacheArray, ...]) -> Binding:
@@ -221,16 +222,20 @@ def save_prepacked(model_path: Path, directory: Path, *, threads: int) -> None:
         raise EngineError(f"onnxruntime {ort.__version__} wrote no prepacked copy of {model_path} into {directory}")
 
 
-def _with_int8_cache(model_path: Path, manifest: Manifest, options: ort.SessionOptions) -> bytes:
+def _with_cache(model_path: Path, manifest: Manifest, cache: CacheSpec, options: ort.SessionOptions) -> bytes:
     """Return the edited graph, and let the runtime find its weights in the file beside ``model_path``."""
-    if manifest.cache_scales is None:
-        raise IncompatiblePackageError(f"{manifest.reference} has no scales for an int8 cache")
+    scales = None
+    if cache.dtype == "int8":
+        if manifest.cache_scales is None:
+            raise IncompatiblePackageError(f"{manifest.reference} has no scales for an int8 cache")
+        scales = cache_scales(manifest.cache_scales, manifest.model)
     try:
         model = model_path.read_bytes()
     except OSError as error:
         raise PackageError(f"{model_path}: cannot read the model: {error}") from error
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model_path.parent))
-    return with_int8_cache(memoryview(model), cache_scales(manifest.cache_scales, manifest.model))
+    windowed = () if cache.windowed is None else cache.windowed.layers
+    return with_cache(memoryview(model), cache.layers, scales=scales, windowed=windowed)
 
 
 def _open(model_path: Path, options: ort.SessionOptions, edited: bytes | None = None) -> ort.InferenceSession:

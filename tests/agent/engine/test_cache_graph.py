@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from lamplighter_agent.engine.cache_graph import cache_scales, with_int8_cache
+from lamplighter_agent.engine.cache_graph import cache_scales, with_cache
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
@@ -31,7 +31,7 @@ def test_only_the_cache_of_the_graph_changes(tiny_package: Path) -> None:
     assert manifest.cache_scales is not None
     scales = cache_scales(manifest.cache_scales, manifest.model)
     before = onnx.load(tiny_package / MODEL_NAME, load_external_data=False)
-    after = onnx.load_from_string(with_int8_cache(memoryview((tiny_package / MODEL_NAME).read_bytes()), scales))
+    after = onnx.load_from_string(with_cache(memoryview((tiny_package / MODEL_NAME).read_bytes()), 2, scales=scales))
     for old, new in zip(
         [*before.graph.input, *before.graph.output], [*after.graph.input, *after.graph.output], strict=True
     ):
@@ -106,10 +106,10 @@ def test_a_graph_without_such_attention_is_refused(tiny_package: Path) -> None:
     for node in model.graph.node:
         if node.op_type == "GroupQueryAttention":
             node.op_type = "Attention"
-    with pytest.raises(IncompatiblePackageError, match=r"0 attention layers .* scales for 2"):
-        with_int8_cache(memoryview(model.SerializeToString()), scales)
+    with pytest.raises(IncompatiblePackageError, match=r"0 attention layers .* the manifest has 2"):
+        with_cache(memoryview(model.SerializeToString()), 2, scales=scales)
 
 
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(PackageError):
-        with_int8_cache(memoryview(b"\x3a\xff\xff"), [])
+        with_cache(memoryview(b"\x3a\xff\xff"), 0)

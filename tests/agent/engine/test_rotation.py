@@ -89,7 +89,7 @@ def test_keys_of_other_schemes_cannot_be_moved(rope: RopeScaling | None) -> None
     assert key_rotations(model(rope=rope)) is None
     cache = KVCache(CacheSpec(4, 2, 8), slots=1, capacity=16, rotations=None)
     cache.advance(0, range(8))
-    assert not cache.can_evict
+    assert cache.evictable(0, 2, 3) == 0
     with pytest.raises(ValueError, match="cannot be moved"):
         cache.evict(0, 2, 3)
 
