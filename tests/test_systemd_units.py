@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from lamplighter_agent.errors import ConfigError
+from lamplighter_agent.service.memory_limits import REQUEST_NAME
 from lamplighter_agent.service.starts import SAFE_MODE_AFTER
 
 UNITS = Path(__file__).parents[1] / "systemd"
 SERVICE = UNITS / "lamplighter-agent.service"
-HIGHEST_EXPOSURE = 13  # tenths
+LIMITS = UNITS / "lamplighter-limits.service"
+HIGHEST_EXPOSURE = {SERVICE: 13, LIMITS: 20}  # tenths; the second must be root and may ask systemd
 ANALYZE = shutil.which("systemd-analyze")
 
 needs_systemd = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")
@@ -25,21 +28,23 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_systemd
-def test_the_service_exposes_little() -> None:
-    result = analyze("security", "--offline=true", f"--threshold={HIGHEST_EXPOSURE}", str(SERVICE))
+@pytest.mark.parametrize("unit", HIGHEST_EXPOSURE, ids=lambda unit: unit.stem)
+def test_the_services_expose_little(unit: Path) -> None:
+    result = analyze("security", "--offline=true", f"--threshold={HIGHEST_EXPOSURE[unit]}", str(unit))
     assert result.returncode == 0, result.stdout
 
 
 @needs_systemd
 def test_the_units_are_well_formed(tmp_path: Path) -> None:
-    program = tmp_path / "lamplighter-agent"
+    program = tmp_path / "program"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    for unit in UNITS.glob("*.s*"):  # the program is not installed here, and systemd looks whether it is there
-        text = unit.read_text().replace("/opt/lamplighter/current/bin/lamplighter-agent", str(program))
-        (tmp_path / unit.name).write_text(text.replace("file:/opt/lamplighter/README.md", "https://example.com"))
-    result = analyze("verify", "--man=no", *(str(tmp_path / name) for name in ("lamplighter-agent.service",)))
-    assert (result.returncode, result.stderr) == (0, "")
+    names = [unit.name for unit in UNITS.glob("*.*") if unit.suffix in {".service", ".socket", ".path"}]
+    for name in names:  # the programs are not installed here, and systemd looks whether they are there
+        text = re.sub(r"^ExecStart=/opt/\S+", f"ExecStart={program}", (UNITS / name).read_text(), flags=re.MULTILINE)
+        (tmp_path / name).write_text(text)
+    result = analyze("verify", "--man=no", *(str(tmp_path / name) for name in names))
+    assert (len(names), result.returncode, result.stderr) == (4, 0, "")
 
 
 def settings(unit: Path) -> dict[str, list[str]]:
@@ -63,3 +68,13 @@ def test_the_socket_is_where_the_agent_looks() -> None:
     configured = (UNITS.parent / "configs" / "agent.yaml").read_text()
     (path,) = settings(UNITS / "lamplighter-agent.socket")["ListenStream"]
     assert f"socket: {path}\n" in configured
+
+
+def test_the_helper_watches_where_the_agent_asks() -> None:
+    (directory,) = settings(SERVICE)["RuntimeDirectory"]
+    (path,) = settings(UNITS / "lamplighter-limits.path")["PathChanged"]
+    helper = (UNITS / "lamplighter-limits").read_text()
+    assert path == f"/run/private/{directory}/{REQUEST_NAME}"  # a dynamic user's folders lie in "private"
+    assert f"{{LAMPLIGHTER_REQUEST:-{path}}}" in helper
+    for name in ("MemoryHigh", "MemoryMax"):  # the helper reads the unit's share as a percentage
+        assert re.fullmatch(r"[1-9][0-9]%", settings(SERVICE)[name][0])

@@ -22,6 +22,7 @@ from lamplighter_agent.service.diagnostics import LogMemory
 from lamplighter_agent.service.liveness import Liveness
 from lamplighter_agent.service.local_api import LocalApi
 from lamplighter_agent.service.local_api_routes import Facts
+from lamplighter_agent.service.memory_limits import MemoryLimits
 from lamplighter_agent.service.memory_view import MemoryReport, engine_options, memory_report
 from lamplighter_agent.service.mqtt_actions import Actions
 from lamplighter_agent.service.mqtt_service import MqttService
@@ -106,7 +107,9 @@ class Agent:
         rules = ProbationRules(seconds=config.updates.probation_s, max_failures=config.updates.probation_failures)
         ledger = Ledger.open(config.state_dir, rules)
         self._requests = RequestQueue(config.requests)
-        self._runner = PackageRunner(_spec(config, self._store, engine), self._requests, self._on_change)
+        self._runner = PackageRunner(
+            _spec(config, self._store, engine), self._requests, self._on_change, MemoryLimits.from_environment()
+        )
         self._updates = UpdateService(
             config, self._store, ledger, self._runner, self._on_report, prepare_module=engine.prepare
         )

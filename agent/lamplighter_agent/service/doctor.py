@@ -24,6 +24,7 @@ from lamplighter_agent.errors import ConfigError, LamplighterError, MemoryBudget
 from lamplighter_agent.service.certificates import valid_until
 from lamplighter_agent.service.credentials import secret_path
 from lamplighter_agent.service.local_client import read_status
+from lamplighter_agent.service.memory_limits import memory_bounds
 from lamplighter_agent.service.memory_view import engine_options, plan_text
 from lamplighter_agent.service.mqtt import MqttConnection
 from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Subscription, Will
@@ -37,8 +38,6 @@ Level = Literal["ok", "warning", "error"]
 _MIB: Final = 1024 * 1024
 _BROKER_TIMEOUT_S: Final = 8.0
 _EXPIRES_SOON: Final = timedelta(days=30)
-_SHARE_OF_LIMIT: Final = 1.15
-_MAIN_PROCESS_BYTES: Final = 64 * _MIB
 _FAST_FLAGS: Final = {
     "x86_64": (("avx2",), ("avx512_vnni", "avx_vnni", "amx_int8")),
     "aarch64": (("asimd",), ("asimddp", "i8mm")),
@@ -166,16 +165,11 @@ class Doctor:
         except MemoryBudgetError as error:
             yield _error("memory", error.message, error.hint)
             return
-        wanted_mb = round((plan.total_bytes * _SHARE_OF_LIMIT + plan.headroom_bytes + _MAIN_PROCESS_BYTES) / _MIB)
-        yield Finding(
-            check="memory",
-            level="ok",
-            message=(
-                f"{memory}; the plan: {plan_text(plan)}"
-                + ("" if worker is None else f"; the engine holds {worker // _MIB} MiB now")
-            ),
-            advice=f"scripts/install limits {wanted_mb} bounds the service to what this plan needs",
-        )
+        message = f"{memory}; the plan: {plan_text(plan)}"
+        if worker is not None:
+            message += f"; the engine holds {worker // _MIB} MiB now"
+        needed = memory_bounds(plan).max_bytes
+        yield _ok("memory", f"{message}; the unit needs {needed // _MIB} MiB, which it is given while it serves")
 
     def _worker_rss(self) -> int | None:
         socket = self._config.local_api.socket

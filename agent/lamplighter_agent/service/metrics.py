@@ -14,6 +14,7 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _METRICS: Final[tuple[tuple[str, Literal["gauge", "counter"], str], ...]] = (
     ("uptime_s", "gauge", "Seconds since the agent's start"),
     ("worker_restarts", "counter", "Unplanned restarts of the engine worker"),
+    ("worker_silent_s", "gauge", "How long the engine worker has owed a sign of life"),
     ("queue_depth", "gauge", "Requests that wait"),
     ("requests_active", "gauge", "Requests that are being answered"),
     ("requests_total", "counter", "Requests accepted"),

@@ -25,6 +25,7 @@ from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import LamplighterError, MemoryBudgetError, RequestError, WorkerError
 from lamplighter_agent.package.manifest import Manifest, SelfTest
 from lamplighter_agent.service.admission import RequestQueue
+from lamplighter_agent.service.memory_limits import MemoryLimits
 from lamplighter_agent.service.worker import EngineWorker, WorkerSpec
 from lamplighter_agent.service.worker_messages import Prompt
 from lamplighter_agent.update.trial import TrialMeasurement
@@ -46,13 +47,22 @@ class PackageRunner:
         spec: What every worker has in common; its ``package`` is replaced.
         requests: Gets each worker that is ready.
         changed: Called when ``state`` or ``package`` has changed.
+        limits: Is told what memory is needed.
     """
 
-    def __init__(self, spec: WorkerSpec, requests: RequestQueue, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        requests: RequestQueue,
+        changed: Callable[[], None],
+        limits: MemoryLimits | None = None,
+    ) -> None:
         self.state: RunnerState = "no_package"
         self.package: str | None = None
         self.failure: LamplighterError | None = None
         self.restarts = 0
+        self.last_end: str | None = None
+        self.limits = limits or MemoryLimits()
         self._spec = spec
         self._requests = requests
         self._changed = changed
@@ -89,8 +99,14 @@ class PackageRunner:
 
     @property
     def is_watched(self) -> bool:
-        """False if an engine should run and its supervisor has ended: a defect that only a new start mends."""
-        return self._supervisor is None or not self._supervisor.done()
+        """False if an engine should run and nobody mends it: a defect that only a new start mends.
+
+        Its supervisor has ended, or it has been silent for twice the time after which it should have been replaced.
+        """
+        if self._supervisor is None:
+            return True
+        silent_s = self._worker.silent_s if self._worker is not None else 0.0
+        return not self._supervisor.done() and silent_s < 2 * self._spec.stall_timeout_s
 
     async def wait_settled(self) -> None:
         """Wait until the first worker is ready, or has failed, or there is no package to start."""
@@ -108,7 +124,7 @@ class PackageRunner:
             PackageError: If the package cannot be used here.
             EngineError: If it cannot be loaded.
         """
-        async with self._switching:
+        async with self._switching, self.limits.share():
             before = self._path
             stop_first = before is not None and manifest is not None and not _fits(manifest, self._spec.options)
             if stop_first:
@@ -135,7 +151,7 @@ class PackageRunner:
             PackageError: If the package cannot be used here.
             EngineError: If it cannot be loaded or fails.
         """
-        async with self._switching:
+        async with self._switching, self.limits.share():
             before = self._path
             stop_first = before is not None and not _fits(manifest, self._spec.options)
             if stop_first:
@@ -191,7 +207,10 @@ class PackageRunner:
                 begun = time.monotonic()
                 await worker.ended.wait()
                 await worker.stop()
+                self.last_end = worker.end_reason
+                self.failure = WorkerError(f"the engine worker was lost: {self.last_end}")
                 self._worker = worker = None
+                self.limits.serve(None)
                 self._requests.detach()
                 self.restarts += 1
                 self._set("restarting")
@@ -207,7 +226,8 @@ class PackageRunner:
         if self.state != "restarting":
             self._set("starting")
         try:
-            await worker.start()
+            async with self.limits.share():
+                await worker.start()
         except LamplighterError as error:
             logger.error("the package in %s cannot be started: %s", self._path, error.message)  # noqa: TRY400
             self.failure = error
@@ -221,6 +241,7 @@ class PackageRunner:
         self._worker = worker
         self.failure = None
         self.package = worker.ready.package if worker.ready else None
+        self.limits.serve(worker.ready.plan if worker.ready else None)
         self._requests.attach(worker)
         self._set("ready")
         self._settled.set()
@@ -240,13 +261,19 @@ class PackageRunner:
         self._requests.detach()
         self._set(state)
         worker = await self._release()
+        self.limits.serve(None)
         if worker is not None:
             await worker.stop(_DRAIN_S if state == "switching" else 0.0)
 
     def _leave(self, worker: EngineWorker, grace_s: float = _DRAIN_S) -> None:
         task = asyncio.create_task(worker.stop(grace_s), name="worker-leaving")
         self._leaving.add(task)
-        task.add_done_callback(self._leaving.discard)
+        self.limits.hold_share()
+        task.add_done_callback(self._left)
+
+    def _left(self, task: asyncio.Task[None]) -> None:
+        self._leaving.discard(task)
+        self.limits.let_go()
 
     def _set(self, state: RunnerState) -> None:
         self.state = state

@@ -134,6 +134,8 @@ class Sampler:
             update_state=self._update_state(),
             worker=self._runner.state,
             worker_restarts=self._runner.restarts,
+            worker_silent_s=self._runner.worker.silent_s if self._runner.worker else None,
+            worker_last_end=self._runner.last_end,
             queue_depth=self._requests.depth,
             requests_active=self._requests.active,
             requests_total=counters.accepted,

@@ -85,6 +85,8 @@ class TelemetryMessage(msgspec.Struct, frozen=True, kw_only=True):
         broker_connections: Connections to the broker; ``messages_dropped`` found no room while it was away.
         spool_dropped: Samples lost because the spool was full; ``spool_waiting`` wait in it.
         historical: True for a sample that waited in the spool.
+        worker_silent_s: How long the worker has owed a sign of life: above ``engine.stall_timeout_s`` it is replaced.
+        worker_last_end: Why the last worker that ended by itself did so.
     """
 
     time_unix_s: float
@@ -139,3 +141,5 @@ class TelemetryMessage(msgspec.Struct, frozen=True, kw_only=True):
     spool_dropped: int = 0
     spool_waiting: int = 0
     historical: bool = False
+    worker_silent_s: float | None = None
+    worker_last_end: str | None = None

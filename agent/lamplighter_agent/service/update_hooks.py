@@ -55,6 +55,13 @@ class ServiceHooks:
             UpdateCancelledError: If the update was cancelled or the agent ends.
             UpdateDeadlineError: If the update's time is over.
         """
+        self._in_loop(self._runner.limits.begin_share(), "preparing the package", interrupt)
+        try:
+            self._prepare(package, manifest, interrupt)
+        finally:
+            self._loop.call_soon_threadsafe(self._runner.limits.let_go)
+
+    def _prepare(self, package: Path, manifest: Manifest, interrupt: Interrupt) -> None:
         command = [sys.executable, "-m", self._prepare_module, str(package), str(self._store.prepared_dir)]
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True

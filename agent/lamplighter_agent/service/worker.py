@@ -37,6 +37,7 @@ from lamplighter_agent.service.worker_messages import (
     Generate,
     Load,
     LoadFailed,
+    Ping,
     Prompt,
     Ready,
     Refused,
@@ -48,6 +49,7 @@ from lamplighter_agent.service.worker_messages import (
     decode_body,
     encode_frame,
     error_of,
+    failure_of,
     frame_length,
 )
 
@@ -73,7 +75,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
         options: Limits and choices for the engine.
         engine: ``module:function`` that loads the engine in the child.
         start_timeout_s: Longest time from start to readiness.
-        stall_timeout_s: Longest silence while there is work.
+        stall_timeout_s: Longest silence after it was asked for something, be it a sign of life.
         log_level: Level of the child's log, as the logging module counts.
     """
 
@@ -106,14 +108,19 @@ class EngineWorker:
         self._drained = asyncio.Event()
         self._drained.set()
         self._numbers = itertools.count(1)
-        self._last_heard = time.monotonic()
-        self._end_reason = "it was not started"
+        self._owes_since_s: float | None = None
+        self.end_reason = "it was not started"
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def pid(self) -> int | None:
         """Process id, or None before the start and after the end."""
         return self._process.pid if self._process and not self.ended.is_set() else None
+
+    @property
+    def silent_s(self) -> float:
+        """How long the worker has owed an answer or a sign of life; 0 while it owes none."""
+        return 0.0 if self._owes_since_s is None or self.ended.is_set() else time.monotonic() - self._owes_since_s
 
     @property
     def active(self) -> int:
@@ -143,6 +150,7 @@ class EngineWorker:
         if isinstance(event, LoadFailed):
             await self._end(event.failure.message)
             raise error_of(event.failure)
+        self._owes_since_s = None
         self.ready = event
         self.state = "ready"
         self._tasks.append(asyncio.create_task(self._watch(), name="worker-watch"))
@@ -276,7 +284,7 @@ class EngineWorker:
         try:
             while True:
                 event = await _read(reader)
-                self._last_heard = time.monotonic()
+                self._owes_since_s = None
                 if isinstance(event, Alive | Ready | LoadFailed):
                     continue
                 stream = self._streams.get(event.request_id)
@@ -288,13 +296,13 @@ class EngineWorker:
             await self._close(error.message)
 
     async def _watch(self) -> None:
-        """End a worker that has work and says nothing: it hangs, or something stopped it."""
+        """Ask for signs of life, with work and without; end a worker that gives none: something stopped it."""
         while not self.ended.is_set():
             await asyncio.sleep(self.spec.stall_timeout_s / _STALL_CHECKS)
-            if not self._streams:
-                self._last_heard = time.monotonic()
-            elif time.monotonic() - self._last_heard > self.spec.stall_timeout_s:
-                await self._close(f"it had work but gave no sign of life for {self.spec.stall_timeout_s:g} s")
+            if self.silent_s > self.spec.stall_timeout_s:
+                await self._close(f"it gave no sign of life for {self.spec.stall_timeout_s:g} s")
+            else:
+                await self._send(Ping())
 
     async def _close(self, reason: str) -> None:
         """Make sure that the process is gone, and tell everyone who waits for it."""
@@ -310,13 +318,14 @@ class EngineWorker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
             await self._process.wait()
-        self._end_reason = reason
+        self.end_reason = reason
         if self.state != "stopping":
             logger.warning("worker %s ended: %s", self._process.pid, reason)
         self.state = "ended"
         self.ended.set()
+        lost = WorkerError(f"the engine worker was lost: {reason}", hint="send the request again")
         for request_id, stream in self._streams.items():
-            stream.put_nowait(Refused(request_id=request_id, failure=_lost(reason)))
+            stream.put_nowait(Refused(request_id=request_id, failure=failure_of(lost)))
 
     async def _end(self, reason: str) -> None:
         """Close and wait for the object's own tasks."""
@@ -350,14 +359,12 @@ class EngineWorker:
 
     def _open(self, request_id: str) -> _Stream:
         if self.state != "ready":
-            raise WorkerError(f"the engine worker is not ready: {self._end_reason}", hint="try again in a moment")
+            raise WorkerError(f"the engine worker is not ready: {self.end_reason}", hint="try again in a moment")
         if request_id in self._streams:
             raise RequestError(f"a request {request_id!r} is already running", code=409, param="id")
         stream: _Stream = asyncio.Queue()
         self._streams[request_id] = stream
         self._drained.clear()
-        if len(self._streams) == 1:
-            self._last_heard = time.monotonic()
         return stream
 
     def _forget(self, request_id: str) -> None:
@@ -367,6 +374,8 @@ class EngineWorker:
 
     async def _send(self, command: Command) -> None:
         assert self._writer is not None
+        if self._owes_since_s is None:
+            self._owes_since_s = time.monotonic()
         self._writer.write(encode_frame(command))
         try:
             await self._writer.drain()
@@ -383,12 +392,6 @@ async def _read(reader: asyncio.StreamReader) -> Event:
     """
     length = frame_length(await reader.readexactly(HEADER_BYTES))
     return decode_body(EVENTS, await reader.readexactly(length))
-
-
-def _lost(reason: str) -> WorkerFailure:
-    return WorkerFailure(
-        reason=WorkerError.reason, message=f"the engine worker was lost: {reason}", hint="send the request again"
-    )
 
 
 def _why(status: int) -> str:

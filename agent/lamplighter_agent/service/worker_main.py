@@ -37,6 +37,7 @@ from lamplighter_agent.service.worker_messages import (
     Generate,
     Load,
     LoadFailed,
+    Ping,
     Prompt,
     Ready,
     Refused,
@@ -202,6 +203,8 @@ class WorkerProcess:
                 self._tell_stats(engine, request_id)
             case ClearCaches(request_id=request_id):
                 self._tell_stats(engine, request_id, freed_bytes=engine.clear_caches())
+            case Ping():
+                self._send(Alive())
             case _:
                 logger.error("unexpected command %s", type(command).__name__)
 

@@ -108,6 +108,10 @@ class ClearCaches(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask for a sign of life: ``Alive`` follows at once, or after the step under way."""
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """End the process after closing the engine."""
 
@@ -139,7 +143,7 @@ class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Alive(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sign of life while there is work but nothing to say."""
+    """Sign of life: while there is work but nothing to say, and after a ``Ping``."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -174,12 +178,12 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     freed_bytes: int = 0
 
 
-Command: TypeAlias = Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Shutdown
+Command: TypeAlias = Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Ping | Shutdown
 Event: TypeAlias = Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Stats
 _T = TypeVar("_T")
 
 COMMANDS: Final[msgspec.msgpack.Decoder[Command]] = msgspec.msgpack.Decoder(
-    Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Shutdown
+    Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Ping | Shutdown
 )
 EVENTS: Final[msgspec.msgpack.Decoder[Event]] = msgspec.msgpack.Decoder(
     Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Stats

@@ -150,6 +150,8 @@ def test_a_killed_worker_is_replaced(spec: WorkerSpec, packages: tuple[Path, Pat
         await bench.runner.worker.ended.wait()
         assert (await bench.ask()).package == "tiny/1.0.0"
         assert (bench.runner.restarts, bench.states) == (1, ["ready", "restarting", "ready"])
+        assert bench.runner.last_end is not None
+        assert "killed by SIGKILL" in bench.runner.last_end
 
     with_bench(spec, scenario)
 

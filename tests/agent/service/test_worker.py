@@ -134,6 +134,29 @@ def test_a_stopped_worker_is_found_and_killed(spec: WorkerSpec) -> None:
     asyncio.run(scenario())
 
 
+def test_a_worker_that_is_stopped_while_nobody_asks_is_found_and_killed(spec: WorkerSpec) -> None:
+    async def scenario() -> None:
+        worker = EngineWorker(msgspec.structs.replace(spec, stall_timeout_s=0.5))
+        await worker.start()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGSTOP)
+        await asyncio.wait_for(worker.ended.wait(), 10)
+        assert worker.end_reason.startswith("it gave no sign of life for 0.5 s")
+        await worker.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_without_work_gives_signs_of_life_and_lives(spec: WorkerSpec) -> None:
+    async def scenario() -> float:
+        async with running(msgspec.structs.replace(spec, stall_timeout_s=1.0)) as worker:
+            await asyncio.sleep(1.6)  # longer than it may be silent
+            assert (await answer(worker, "hello"))[0] == "You said: hello"
+            return worker.silent_s
+
+    assert asyncio.run(scenario()) < 1.0
+
+
 def test_a_package_that_cannot_be_loaded_says_why(spec: WorkerSpec, fake_package: Path) -> None:
     (fake_package / "refuse-to-load").touch()
 

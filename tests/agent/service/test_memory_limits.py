@@ -1,0 +1,163 @@
+"""What the agent asks of its unit's memory limits, and what the helper's script makes of it, without systemd."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lamplighter_agent.engine.memory import MIB, MemoryPlan
+from lamplighter_agent.service.memory_limits import SHARE, MemoryLimits, memory_bounds
+
+ROOT = Path(__file__).parents[3]
+GIB = 1024 * MIB
+
+
+PLAN = MemoryPlan(
+    budget_bytes=12 * GIB,
+    runtime_bytes=88 * MIB,
+    weights_bytes=150 * MIB,
+    scratch_bytes=64 * MIB,
+    headroom_bytes=768 * MIB,
+    kv_bytes_per_token=46_080,
+    kv_tokens=16_384,
+    max_context_tokens=4_096,
+    slots=4,
+    prefill_chunk_tokens=512,
+    prefix_cache_bytes=256 * MIB,
+)
+
+
+@pytest.fixture
+def request_file(tmp_path: Path) -> Path:
+    return tmp_path / "memory"
+
+
+def test_bounds_hold_the_plan_and_the_main_process_but_not_the_machines_headroom() -> None:
+    high, most = memory_bounds(PLAN)
+    assert PLAN.total_bytes + 60 * MIB < high < most < PLAN.total_bytes + PLAN.headroom_bytes
+
+
+def test_the_plan_is_asked_for_while_a_package_serves_and_the_share_while_packages_change(request_file: Path) -> None:
+    def asked() -> str:
+        return request_file.read_text()
+
+    async def story() -> list[str]:
+        limits = MemoryLimits(request_file, lambda: None)
+        said = []
+        async with limits.share():
+            said.append(asked())
+            limits.serve(PLAN)
+            said.append(asked())
+        said.append(asked())
+        limits.hold_share()
+        said.append(asked())
+        limits.let_go()
+        limits.serve(None)
+        said.append(asked())
+        return said
+
+    high, most = memory_bounds(PLAN)
+    assert asyncio.run(story()) == [SHARE, SHARE, f"{high} {most}\n", SHARE, SHARE]
+
+
+def test_a_change_waits_until_the_narrow_limit_is_gone(request_file: Path) -> None:
+    async def story() -> None:
+        limits = MemoryLimits(request_file, lambda: in_force[0])
+        limits.serve(PLAN)
+        changing = asyncio.create_task(limits.begin_share())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert not changing.done()
+        in_force[0] = 8 * GIB
+        await asyncio.wait_for(changing, 4)
+
+    in_force = [memory_bounds(PLAN).max_bytes]
+    asyncio.run(story())
+    assert request_file.read_text() == SHARE
+
+
+def test_without_a_helper_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    MemoryLimits.from_environment({}).serve(PLAN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_runtime_directory_that_is_full_or_gone_is_no_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    MemoryLimits.from_environment({"RUNTIME_DIRECTORY": str(tmp_path / "gone")}).serve(None)
+    assert "memory limits cannot be asked for" in caplog.text
+
+
+def run_helper(tmp_path: Path, request_file: Path, unit: Path | None = None) -> str:
+    """Run the helper with a systemctl that writes down what it is told."""
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text('#!/bin/sh\necho "$@" >>"$0.log"\n')
+    systemctl.chmod(0o755)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "LAMPLIGHTER_SYSTEMCTL": str(systemctl),
+        "LAMPLIGHTER_REQUEST": str(request_file),
+        "LAMPLIGHTER_UNIT_FILE": str(unit or ROOT / "systemd" / "lamplighter-agent.service"),
+    }
+    result = subprocess.run(
+        [ROOT / "systemd" / "lamplighter-limits"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    log = tmp_path / "systemctl.log"
+    return log.read_text() if log.exists() else ""
+
+
+SHARE_PROPERTIES = "set-property --runtime lamplighter-agent.service MemoryHigh=75% MemoryMax=80%\n"
+
+
+def test_the_helper_sets_what_is_asked(tmp_path: Path, request_file: Path) -> None:
+    request_file.write_text(f"{190 * MIB} {200 * MIB}\n")
+    said = run_helper(tmp_path, request_file)
+    assert said == (f"set-property --runtime lamplighter-agent.service MemoryHigh={190 * MIB} MemoryMax={200 * MIB}\n")
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [
+        SHARE,
+        "",
+        "1 2\n",  # less than any agent needs
+        f"{300 * MIB} {200 * MIB}\n",
+        f"{190 * MIB} {10**15 - 1}\n",  # more than the share
+        f"{190 * MIB} {10**40}\n",
+        f"{190 * MIB} 0{200 * MIB}\n",
+        f"{190 * MIB} {200 * MIB} IPAddressDeny=any\n",
+        f"{190 * MIB} $(reboot)\n",
+        "infinity infinity\n",
+        "-1 -1\n",
+        f"x\n{190 * MIB} {200 * MIB}\n",
+        "9" * 100_000,
+        "\x00\x01\xff \n",
+    ],
+)
+def test_whatever_else_is_asked_means_the_units_share(tmp_path: Path, request_file: Path, request_text: str) -> None:
+    request_file.write_text(request_text)
+    assert run_helper(tmp_path, request_file) == SHARE_PROPERTIES
+
+
+def test_an_agent_that_has_ended_leaves_the_share(tmp_path: Path, request_file: Path) -> None:
+    assert run_helper(tmp_path, request_file) == SHARE_PROPERTIES
+
+
+def test_limits_that_a_person_has_set_are_left_alone(tmp_path: Path, request_file: Path) -> None:
+    unit = tmp_path / "lamplighter-agent.service"
+    unit.write_text((ROOT / "systemd" / "lamplighter-agent.service").read_text())
+    drop_in = tmp_path / "lamplighter-agent.service.d" / "mine.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Service]\nMemoryMax=1G\n")
+    request_file.write_text(f"{190 * MIB} {200 * MIB}\n")
+    assert run_helper(tmp_path, request_file, unit) == ""
