@@ -170,6 +170,41 @@ def test_a_grammar_that_is_not_well_formed_is_refused(guides: Guides, params: Ge
     assert caught.value.param == params.guided_by
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (
+            GenerationParams(guided_json={"type": "integer", "multipleOf": 300_007}),
+            "comes to 300007, but may come to 10000",
+        ),
+        (GenerationParams(guided_json={"type": "number", "multipleOf": 1234.567}), "comes to 1234567"),
+        (GenerationParams(guided_json={"allOf": [{"multipleOf": 997}, {"multipleOf": 991}]}), "comes to 988027"),
+        (GenerationParams(guided_grammar='start: %json {"\\u006dultipleOf": 30011}'), "comes to 30011"),
+        (GenerationParams(guided_grammar="start: %json {"), "%json is not followed by JSON"),
+        (GenerationParams(guided_grammar="start: T\nT: /(1{9973})*/ & /(1{9967})*/"), "but may have 1000"),
+        (GenerationParams(guided_grammar=f"start: T\nT: /({'1' * 1800})*/ & /({'1' * 1799})*/"), "in 36.. characters"),
+    ],
+)
+def test_a_grammar_that_would_take_seconds_to_compile_is_refused(
+    guides: Guides, params: GenerationParams, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        guides.guide(params)
+    assert caught.value.param == params.guided_by
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        GenerationParams(guided_json={"properties": {"price": {"multipleOf": 0.01}, "lot": {"multipleOf": 250}}}),
+        GenerationParams(guided_json='{"type": "integer", "multipleOf": 360}'),
+        GenerationParams(guided_grammar="start: T\nT: /[a-z]{1,20}/ & ~/admin|root/"),
+    ],
+)
+def test_a_grammar_with_usual_multiples_and_intersections_compiles(guides: Guides, params: GenerationParams) -> None:
+    assert not guides.guide(params).complete
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_ends_its_own_request_and_no_other(engine: Engine, name: str) -> None:
     """Some are found out when they arrive, some by the step that would become too costly."""
