@@ -34,8 +34,9 @@ from lamplighter_builder.chat_template import compile_chat_template
 from lamplighter_builder.checkpoint import Checkpoint, WeightSource
 from lamplighter_builder.drafts import Drafts, count_parameters, finish_graph
 from lamplighter_builder.evaluation import Reference, check_fidelity, evaluation_windows, write_report
-from lamplighter_builder.examination import Examination, Subject, examine
+from lamplighter_builder.examination import Examination, OpenReference, Subject, examine
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
+from lamplighter_builder.generation import Answer
 from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
 from lamplighter_builder.graph_check import check_graph
 from lamplighter_builder.licence import spdx_licence
@@ -100,6 +101,7 @@ class BuildOptions:
             "quantizer": self.quantization.quantizer,
             "target_bytes": self.quantization.target_bytes,
             "bits_per_weight": self.quantization.bits_per_weight,
+            "max_slowdown": self.quantization.max_slowdown,
         }
 
 
@@ -132,9 +134,9 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         if options.quantization.quantizer == "gptq":
             scratch = stack.enter_context(TemporaryDirectory(prefix=".calibration-", dir=options.output.parent))
             tokens = calibration_tokens(options.quantization.calibration, tokenizer, chat_format, facts)
-            bound = options.quantization.bound_bytes(facts.parameters)
+            budget = options.quantization.budget(facts.parameters)
             calibrator = Calibrator(checkpoint, tokens, progress)
-            calibrated = calibrator.quantize_within(bound, graph, drafts.measure, Path(scratch))
+            calibrated = calibrator.quantize_within(budget, graph, drafts.measure, Path(scratch))
             weights, (_, graph) = calibrated.weights, drafts.make(calibrated.scheme)
         regions = write_weights(graph, weights, target, writer.directory / WEIGHTS_NAME, progress)
         written = write_graph(graph, regions, target, facts, writer.directory / MODEL_NAME)
@@ -151,8 +153,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         examination = Examination()
         if runs_here(target, memory):
             subject = Subject(writer.directory / MODEL_NAME, tokenizer, chat_format, generation, facts, target)
-            reference = open_reference(checkpoint, tokenizer, options, progress)
-            examination = examine(subject, reference, progress)
+            examination = examine(subject, reference_opener(checkpoint, tokenizer, options, progress), progress)
             if examination.fidelity is not None:
                 check_fidelity(examination.fidelity, options.max_kl)
                 write_report(writer, f"{options.name}/{options.version}", examination.fidelity, calibrated)
@@ -177,24 +178,26 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     return manifest
 
 
-def open_reference(
+def reference_opener(
     checkpoint: Checkpoint, tokenizer: Tokenizer, options: BuildOptions, progress: Progress
-) -> Reference | None:
-    """Return the reference of the fidelity report; None without a report.
+) -> OpenReference | None:
+    """Return what runs the reference of the fidelity report; None without a report.
 
     An architecture that cannot be run layer by layer is built without one, unless ``max_kl`` depends on it.
-
-    Raises:
-        UnsupportedModelError: If it cannot, and ``max_kl`` is set.
     """
     if not options.measure_fidelity:
         return None
-    try:
-        return Reference(checkpoint, evaluation_windows(tokenizer, None), progress)
-    except UnsupportedModelError:
-        if options.max_kl is not None:
-            raise
-        return None
+    windows = evaluation_windows(tokenizer, None)
+
+    def open_reference(answers: Sequence[Answer]) -> Reference | None:
+        try:
+            return Reference(checkpoint, windows, answers, progress)
+        except UnsupportedModelError:
+            if options.max_kl is not None:
+                raise
+            return None
+
+    return open_reference
 
 
 def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:

@@ -12,7 +12,7 @@ Matrices that read the same input (query, key and value; gate and up) have one f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -23,23 +23,24 @@ from torch import nn
 
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.manifest import ModelFacts
+from lamplighter_builder.budget import Budget, fit_formats, scheme_of, size_curve
 from lamplighter_builder.checkpoint import Checkpoint
 from lamplighter_builder.graph import FloatArray, Graph
 from lamplighter_builder.matrix_store import CalibratedWeights, MatrixStore
 from lamplighter_builder.progress import Progress
-from lamplighter_builder.quantization.allocation import CANDIDATES, Choice, allocate, expected_cost
+from lamplighter_builder.quantization.activations import activation_noise, weighted_hessian
+from lamplighter_builder.quantization.allocation import CANDIDATES, Choice, decode_work, expected_cost
 from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
 from lamplighter_builder.quantization.calibration import TokenArray, read_texts, shipped_texts, token_windows
 from lamplighter_builder.quantization.gptq import conditional_variance, quantize_gptq
 from lamplighter_builder.quantization.least_squares import quantize_least_squares
 from lamplighter_builder.quantization.report import Alternative, MatrixReport
-from lamplighter_builder.quantization.scheme import MatrixRecipe, Scheme
+from lamplighter_builder.quantization.scheme import Scheme
 from lamplighter_builder.streamed_model import StreamedModel
 
 _EMBEDDING: Final = "model.embed_tokens.weight"
 _HEAD: Final = "lm_head.weight"
 _LABEL_SEED: Final = 1
-_CURVE_POINTS: Final = 12
 _HEAD_ROWS: Final = 512
 """Tokens whose logits are held at once."""
 
@@ -69,10 +70,19 @@ class Sensitivity:
     Attributes:
         variance: float32 [K], see ``allocation.expected_cost``.
         token_weights: float32 [tokens], the mean square of the output's gradient at each token of the calibration.
+        noise: float32 [K] by block size, see ``allocation.expected_cost``; empty where no product reads the matrix.
     """
 
     variance: FloatArray
     token_weights: torch.Tensor
+    noise: Mapping[int, FloatArray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, x: torch.Tensor, token_weights: torch.Tensor, hessian: FloatArray) -> Sensitivity:
+        """Measure it on a matrix's inputs [tokens, K]."""
+        sizes = {block_format.block_size for block_format in CANDIDATES}
+        noise = {size: activation_noise(x, token_weights, size) for size in sizes if not x.shape[1] % size}
+        return cls(conditional_variance(hessian), token_weights, noise)
 
 
 def packed_matrices(graph: Graph) -> list[PackedMatrix]:
@@ -146,7 +156,7 @@ class Calibrator:
 
     def quantize_within(
         self,
-        bound_bytes: int | None,
+        budget: Budget | None,
         graph: Graph,
         measure: Callable[[Scheme], int],
         scratch: Path,
@@ -154,7 +164,7 @@ class Calibrator:
         """Quantize every matrix of a graph.
 
         Args:
-            bound_bytes: Most bytes of the model's files; None: every matrix keeps its format.
+            budget: What the package may have; None: every matrix keeps its format.
             graph: The model in the formats that it has without a bound.
             measure: From a scheme to the bytes of the model's files.
             scratch: A directory for the results.
@@ -166,10 +176,10 @@ class Calibrator:
         sensitivities = self.listen()
         formats = {matrix.path: matrix.format for matrix in matrices}
         alternatives: list[Alternative] = []
-        if bound_bytes is not None:
+        if budget is not None:
             choices = self.weigh(matrices, sensitivities)
-            formats = fit_formats(choices, lambda chosen: measure(scheme_of(chosen)), bound_bytes)
-            alternatives = size_curve(choices)
+            formats = fit_formats(choices, lambda chosen: measure(scheme_of(chosen)), budget)
+            alternatives = size_curve(choices, budget.max_slowdown)
         store = MatrixStore(scratch)
         by_source = {name: formats[matrix.path] for matrix in matrices for name in matrix.sources}
         errors = self.quantize(by_source, sensitivities, store)
@@ -184,12 +194,12 @@ class Calibrator:
         self._progress.advance(self._model.layer_count)
         states = recording.states.detach()
         gradient, head_weights = self._through_head(states.flatten(0, 1))
-        self._head_hessian = _hessian(states.flatten(0, 1), head_weights)
-        found[_HEAD] = Sensitivity(conditional_variance(self._head_hessian), head_weights)
+        self._head_hessian = weighted_hessian(states.flatten(0, 1), head_weights)
+        found[_HEAD] = Sensitivity.of(states.flatten(0, 1), head_weights, self._head_hessian)
 
         def observe(path: str, x: torch.Tensor, output_gradient: torch.Tensor) -> None:
             weights = output_gradient.square().mean(dim=1)
-            found[f"{path}.weight"] = Sensitivity(conditional_variance(_hessian(x, weights)), weights)
+            found[f"{path}.weight"] = Sensitivity.of(x, weights, weighted_hessian(x, weights))
 
         embedded = self._model.backward(recording, gradient.view_as(states), observe, lambda: self._progress.advance(1))
         # A looked-up row is one of many: an error in any of them counts by how often it is read.
@@ -197,7 +207,7 @@ class Calibrator:
         looked_up = (embedded.flatten(0, 1).square().mean(dim=0) / table[0]).numpy()
         if self._tied:
             head = found[_HEAD]
-            found[_HEAD] = Sensitivity(head.variance + looked_up, head.token_weights)
+            found[_HEAD] = replace(head, variance=head.variance + looked_up)
         else:
             found[_EMBEDDING] = Sensitivity(looked_up, torch.ones(self._tokens.numel()))
         return found
@@ -216,10 +226,13 @@ class Calibrator:
                     block_format,
                     sum(block_format.nbytes(*weight.shape) for weight in weights),
                     sum(
-                        expected_cost(weight, block_format, sensitivity.variance)
+                        expected_cost(
+                            weight, block_format, sensitivity.variance, sensitivity.noise.get(block_format.block_size)
+                        )
                         for weight, sensitivity in zip(weights, known, strict=True)
                         if sensitivity is not None
                     ),
+                    decode_work(sum(weight.size for weight in weights), block_format),
                 )
                 for block_format in CANDIDATES
                 if not weights[0].shape[1] % block_format.block_size
@@ -262,7 +275,7 @@ class Calibrator:
 
         def visit(path: str, module: nn.Linear, x: torch.Tensor) -> None:
             name = f"{path}.weight"
-            hessian = _hessian(x, sensitivities[name].token_weights)
+            hessian = weighted_hessian(x, sensitivities[name].token_weights)
             weight = module.weight.detach().numpy()
             matrix = quantize_gptq(weight, formats[name], hessian)
             module.weight = nn.Parameter(torch.from_numpy(matrix.dequantize()), requires_grad=False)
@@ -310,17 +323,6 @@ class Error:
         )
 
 
-def size_curve(choices: Mapping[str, Sequence[Choice]]) -> list[Alternative]:
-    """Return the expected divergence at sizes between the smallest and the largest that the choices make."""
-    smallest = sum(min(choice.nbytes for choice in options) for options in choices.values())
-    largest = sum(max(choice.nbytes for choice in options) for options in choices.values())
-    points = []
-    for share in np.linspace(0, 1, _CURVE_POINTS):
-        chosen = allocate(choices, round(smallest + float(share) * (largest - smallest))).values()
-        points.append(Alternative(sum(choice.nbytes for choice in chosen), sum(choice.cost for choice in chosen)))
-    return points
-
-
 def _report(
     matrix: PackedMatrix, block_format: BlockFormat, errors: Mapping[str, Error], checkpoint: Checkpoint
 ) -> MatrixReport:
@@ -334,47 +336,3 @@ def _report(
         nbytes=sum(block_format.nbytes(*checkpoint.tensors[name].shape) for name in matrix.sources),
         error=float(np.sqrt(sum(error.changed for error in found) / whole)) if whole else 0.0,
     )
-
-
-def fit_formats(
-    choices: Mapping[str, Sequence[Choice]], size_of: Callable[[Mapping[str, BlockFormat]], int], target_bytes: int
-) -> dict[str, BlockFormat]:
-    """Choose formats so that a package's model file and weights file together have at most ``target_bytes``.
-
-    Args:
-        choices: What each matrix can be, by path.
-        size_of: From the formats of all matrices to the bytes of both files, padding and all.
-        target_bytes: The bound.
-
-    Raises:
-        ConfigError: If four bits a weight exceed it.
-    """
-    smallest = {path: min(options, key=lambda choice: choice.nbytes) for path, options in choices.items()}
-    fixed = size_of(_formats(smallest)) - sum(choice.nbytes for choice in smallest.values())
-    budget = target_bytes - fixed
-    while True:
-        formats = _formats(allocate(choices, budget))
-        excess = size_of(formats) - target_bytes
-        if excess <= 0:
-            return formats
-        budget -= excess  # padding differs between formats
-
-
-def _formats(chosen: Mapping[str, Choice]) -> dict[str, BlockFormat]:
-    return {path: choice.format for path, choice in chosen.items()}
-
-
-def scheme_of(formats: Mapping[str, BlockFormat]) -> Scheme:
-    """Return the scheme of chosen formats by path; what has not been calibrated is quantized by least squares."""
-
-    def recipe(path: str) -> MatrixRecipe:
-        block_format = formats[path]
-        return MatrixRecipe(block_format, lambda weight: quantize_least_squares(weight, block_format))
-
-    return recipe
-
-
-def _hessian(x: torch.Tensor, token_weights: torch.Tensor) -> FloatArray:
-    """Return the mean of ``w * x.T @ x`` over tokens x [tokens, K] with weights w [tokens]: float32 [K, K]."""
-    hessian: FloatArray = ((x * token_weights[:, None]).t() @ x / len(x)).numpy()
-    return hessian

@@ -18,7 +18,8 @@ from lamplighter_agent.package.manifest import UNKNOWN_LICENCE
 from lamplighter_builder import __version__
 
 if TYPE_CHECKING:
-    from lamplighter_agent.package.manifest import Fidelity, Manifest
+    from lamplighter_agent.package.fidelity import Fidelity
+    from lamplighter_agent.package.manifest import Manifest
 
 QUANTIZERS: Final = ("rtn", "least-squares", "gptq")
 PRECISIONS: Final = ("int4", "int8", "fp16", "fp32")
@@ -123,6 +124,13 @@ def _add_quantization(build: argparse.ArgumentParser) -> None:
     build.add_argument("--target-mb", type=float, metavar="MB", help="most megabytes of the model; implies -q gptq")
     build.add_argument("--bits-per-weight", type=float, metavar="BITS", help="the same bound; implies -q gptq")
     build.add_argument(
+        "--max-slowdown",
+        type=float,
+        metavar="PERCENT",
+        help="with a size: how much longer than with plain INT4 a decode step may take, estimated "
+        "(default: 10 up to 1.2 times the size of plain INT4, else any)",
+    )
+    build.add_argument(
         "--calibration",
         type=Path,
         action="append",
@@ -188,6 +196,7 @@ def run_build(arguments: argparse.Namespace) -> int:
             quantizer=arguments.quantizer or ("gptq" if listens else "least-squares"),
             target_bytes=None if arguments.target_mb is None else int(arguments.target_mb * 1e6),
             bits_per_weight=arguments.bits_per_weight,
+            max_slowdown=None if arguments.max_slowdown is None else arguments.max_slowdown / 100,
             calibration=tuple(arguments.calibration),
         ),
         measure_fidelity=not arguments.no_fidelity,
@@ -215,7 +224,7 @@ def _make_package(work: Callable[[TerminalProgress], Manifest], arguments: argpa
     else:
         print(f"{arguments.output}: package {manifest.reference}, {manifest.total_bytes / 1e6:.1f} MB")
         if manifest.fidelity is not None:
-            print(describe_fidelity(manifest.fidelity))
+            print_fidelity(manifest.fidelity)
     return 0
 
 
@@ -261,7 +270,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     Raises:
         LamplighterError: If one of them cannot be used.
     """
-    from lamplighter_builder.evaluation import evaluate_packages
+    from lamplighter_builder.comparison import evaluate_packages
     from lamplighter_builder.sources import open_checkpoint
 
     checkpoint = open_checkpoint(arguments.reference, arguments.cache, None)
@@ -275,19 +284,41 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         print(json.dumps({path: msgspec.to_builtins(fidelity) for path, fidelity in results.items()}))
     else:
         for path, fidelity in results.items():
-            print(f"{path}: {describe_fidelity(fidelity)}")
+            print_fidelity(fidelity, f"{path}: ")
     return 0
 
 
-def describe_fidelity(fidelity: Fidelity) -> str:
-    """Return a line about a comparison."""
+def print_fidelity(fidelity: Fidelity, before: str = "") -> None:
+    """Print what a comparison found, and what to beware of."""
+    from lamplighter_builder.evaluation import warnings_of
+
+    for line in describe_fidelity(fidelity):
+        print(f"{before}{line}")
+    for warning in warnings_of(fidelity):
+        print(f"{before}warning: {warning}")
+
+
+def describe_fidelity(fidelity: Fidelity) -> list[str]:
+    """Return lines about a comparison."""
     line = (
         f"KL {fidelity.kl_mean:.4f} nats (median {fidelity.kl_median:.4f}, p99 {fidelity.kl_p99:.3f}), "
         f"top-1 agreement {fidelity.top1_agreement:.1%}"
     )
     if fidelity.perplexity is not None:
         line += f", perplexity {fidelity.perplexity:.2f} (reference {fidelity.reference_perplexity:.2f})"
-    return f"{line}, {fidelity.tokens} tokens"
+    lines = [f"{line}, {fidelity.tokens} tokens"]
+    if (answers := fidelity.generation) is not None:
+        lines.append(
+            f"greedy answers: {answers.agreement:.1%} of {answers.tokens} tokens as the checkpoint would choose, "
+            f"{answers.identical_answers} of {answers.prompts} answers the same throughout, "
+            f"{answers.endless_loops} in an endless loop of the package's own"
+        )
+    if (level := fidelity.accuracy_level) is not None:
+        lines.append(
+            f"accuracy level 4 instead of 1: {level.flipped:.1%} of {level.tokens} most likely tokens change, "
+            f"KL {level.kl_mean:.4f} instead of {level.level_1_kl_mean:.4f}"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from lamplighter_agent.package.chat_format import ChatFormat
-from lamplighter_agent.package.manifest import CacheScales, Fidelity, GenerationDefaults, ModelFacts, SelfTest
+from lamplighter_agent.package.fidelity import Fidelity
+from lamplighter_agent.package.manifest import CacheScales, GenerationDefaults, ModelFacts, SelfTest
 from lamplighter_builder.cache_scales import calibrate_cache
 from lamplighter_builder.evaluation import Reference
+from lamplighter_builder.generation import PROMPTS, Answer, compare_answers, encode_prompt, generate_answers
 from lamplighter_builder.progress import Progress
+from lamplighter_builder.runner import Runner
 from lamplighter_builder.self_test import load_runner, make_self_tests
 from lamplighter_builder.targets import GraphTarget
 
@@ -37,12 +41,16 @@ class Examination:
     fidelity: Fidelity | None = None
 
 
-def examine(subject: Subject, reference: Reference | None, progress: Progress) -> Examination:
+OpenReference = Callable[[Sequence[Answer]], Reference | None]
+"""From a package's answers to what they and the package are compared with, or None without a comparison."""
+
+
+def examine(subject: Subject, open_reference: OpenReference | None, progress: Progress) -> Examination:
     """Run a model.
 
     Args:
         subject: The model.
-        reference: What it is compared with, or None.
+        open_reference: Runs what it is compared with; None: it is not compared.
         progress: Hears of the work.
 
     Raises:
@@ -63,4 +71,14 @@ def examine(subject: Subject, reference: Reference | None, progress: Progress) -
         progress,
         short_rope_tokens=None if facts.rope is None else facts.rope.original_max_position_embeddings,
     )
-    return Examination(scales, self_tests, None if reference is None else reference.compare(runner, progress))
+    fidelity = None if open_reference is None else _compare(subject, runner, open_reference, progress)
+    return Examination(scales, self_tests, fidelity)
+
+
+def _compare(subject: Subject, runner: Runner, open_reference: OpenReference, progress: Progress) -> Fidelity | None:
+    prompts = [encode_prompt(prompt, subject.tokenizer, subject.chat_format) for prompt in PROMPTS]
+    answers = generate_answers(runner, prompts, frozenset(subject.generation.eos_token_ids), progress)
+    reference = open_reference(answers)
+    if reference is None:
+        return None
+    return reference.compare(subject.model, runner, compare_answers(answers, reference.choices), progress)

@@ -108,6 +108,7 @@ class Graph:
     _inline: dict[str, onnx.TensorProto] = field(default_factory=dict)
     _external: dict[str, TensorSpec] = field(default_factory=dict)
     _aliases: dict[str, str] = field(default_factory=dict)
+    _computed: list[TensorSpec] = field(default_factory=list)
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -179,6 +180,13 @@ class Graph:
         self._aliases[spec.name] = of.name
         return Value(spec.name)
 
+    def computed(self, spec: TensorSpec) -> None:
+        """Note a node's output that onnxruntime computes once, when it loads the model, and keeps.
+
+        It depends on initializers alone, and they are let go.
+        """
+        self._computed.append(spec)
+
     def op(
         self,
         op_type: str,
@@ -239,6 +247,10 @@ class Graph:
     def external(self) -> Mapping[str, TensorSpec]:
         """Return all external initializers by name, aliases too."""
         return dict(self._external)
+
+    def computed_tensors(self) -> Sequence[TensorSpec]:
+        """Return what is kept of constants that are computed when the model is loaded."""
+        return tuple(self._computed)
 
     def operators(self) -> dict[str, int]:
         """Return how many nodes there are of each operator, most frequent first."""

@@ -40,12 +40,16 @@ def resident_weights(graph: Graph, target: GraphTarget) -> int:
     """Return the bytes of a graph's weights once loaded."""
     weights = sum(_resident_bytes(weight, spec, target) for weight in graph.weights for spec in weight.outputs)
     aliases = graph.external().keys() - {spec.name for weight in graph.weights for spec in weight.outputs}
+    weights += sum(packed_bytes(spec) for spec in graph.computed_tensors())
     return weights + sum(packed_bytes(graph.external()[name]) for name in aliases)
 
 
 def _resident_bytes(weight: Weight, spec: TensorSpec, target: GraphTarget) -> int:
     """Return what one of a weight's initializers occupies once loaded."""
     stored = target.stored(weight, spec)
+    if spec.dtype == np.uint8 and weight.format is not None and len(weight.format.plane_widths) > 1:
+        # Planes give way to the codes that are made of them. Zero points stay, a byte a block.
+        return 0 if len(spec.shape) == _MATRIX_RANK else spec.nbytes
     if weight.group == "rope":
         return stored.nbytes // spec.shape[0] * min(spec.shape[0], _ROPE_ROWS)
     if target.provider != "cpu":

@@ -12,6 +12,7 @@ import numpy as np
 
 from lamplighter_agent.errors import ConfigError
 from lamplighter_agent.package.manifest import ExecutionProvider, Precision, TensorGroup
+from lamplighter_builder.budget import Budget
 from lamplighter_builder.components.embedding import FloatEmbedding, QuantizedEmbeddingFactory
 from lamplighter_builder.components.linear import ACCURACY_LEVEL, FloatLinear, QuantizedLinear
 from lamplighter_builder.components.moe import FloatExperts, QuantizedExperts
@@ -58,12 +59,14 @@ class QuantizationOptions:
             the model on calibration text.
         target_bytes: Most bytes of ``model.onnx`` and ``model.onnx.data``; each matrix then gets a format of its own.
         bits_per_weight: The same bound, by weight of the checkpoint.
+        max_slowdown: Share by which a decode step may take longer than with plain INT4, see ``Budget``.
         calibration: The user's own calibration texts; empty: the set that comes with the builder.
     """
 
     quantizer: QuantizerName = "least-squares"
     target_bytes: int | None = None
     bits_per_weight: float | None = None
+    max_slowdown: float | None = None
     calibration: tuple[Path, ...] = ()
 
     def check(self, precision: PrecisionName, provider: ExecutionProvider) -> None:
@@ -75,6 +78,8 @@ class QuantizationOptions:
         budget = self.target_bytes is not None or self.bits_per_weight is not None
         if self.target_bytes is not None and self.bits_per_weight is not None:
             raise ConfigError("--target-mb and --bits-per-weight name the same bound", hint="give one of them")
+        if self.max_slowdown is not None and not budget:
+            raise ConfigError("--max-slowdown needs a size to spend", hint="give --target-mb or --bits-per-weight")
         if self.quantizer != "gptq" and (budget or self.calibration):
             raise ConfigError(
                 f"--quantizer {self.quantizer} neither listens to calibration text nor keeps to a size",
@@ -87,11 +92,12 @@ class QuantizationOptions:
         if self.quantizer == "gptq" and matrix_format(precision, provider) is None:
             raise ConfigError(f"-p {precision} is not quantized", hint="use --quantizer gptq with -p int4 or int8")
 
-    def bound_bytes(self, parameters: int) -> int | None:
-        """Return the bytes that a model of so many weights may have, None without a bound."""
+    def budget(self, parameters: int) -> Budget | None:
+        """Return what a model of so many weights may have, None without a bound on its size."""
+        nbytes = self.target_bytes
         if self.bits_per_weight is not None:
-            return int(self.bits_per_weight * parameters / 8)
-        return self.target_bytes
+            nbytes = int(self.bits_per_weight * parameters / 8)
+        return None if nbytes is None else Budget(nbytes, self.max_slowdown)
 
 
 def matrix_format(precision: PrecisionName, provider: ExecutionProvider) -> BlockFormat | None:
@@ -172,7 +178,7 @@ def _describe(key: _GroupKey, size: int, target: GraphTarget) -> TensorGroup:
         return TensorGroup(name=key.group, dtype=f"float{bits}", bits=bits, length_bytes=size)
     return TensorGroup(
         name=key.group,
-        dtype=f"uint{key.format.bits}",
+        dtype=f"uint{key.format.kernel_bits}",
         bits=key.format.bits,
         block_size=key.format.block_size,
         symmetric=key.format.symmetric,

@@ -8,11 +8,18 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from lamplighter_agent.errors import BuildError
 from lamplighter_builder.graph import Array, FloatArray
+
+EXACT_ACTIVATIONS: Final = 1
+ROUNDED_ACTIVATIONS: Final = 4
+"""Accuracy levels of ``MatMulNBits``: products with float32 activations, and with activations rounded to 8 bits."""
+
+_ACCURACY_LEVEL: Final = "accuracy_level"
 
 IntArray = npt.NDArray[np.int64]
 _CACHE_DTYPES: Final[Mapping[str, npt.DTypeLike]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -40,17 +47,25 @@ class Cache(NamedTuple):
 class Runner:
     """Runs a decoder graph of the contract in ``models/decoder.py``.
 
+    Args:
+        model: The model file, its weights beside it.
+        accuracy_level: How ``MatMulNBits`` computes, other than the graph says; None: as it says.
+
     Raises:
         BuildError: If onnxruntime cannot load the model.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *, accuracy_level: int | None = None) -> None:
         options = onnxruntime.SessionOptions()
+        source: str | bytes = str(model)
+        if accuracy_level is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+            source = _with_accuracy_level(model, accuracy_level)
         options.log_severity_level = 3
         # The arena would keep what the longest step needed, for as long as the session lives.
         options.enable_cpu_mem_arena = False
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except _LOAD_ERRORS as error:
             raise BuildError(f"{model}: onnxruntime cannot load it: {error}") from error
         inputs = self._session.get_inputs()
@@ -139,6 +154,26 @@ class GreedyToken(NamedTuple):
 
     token: int
     margin: float
+
+
+def has_accuracy_level(model: Path) -> bool:
+    """Tell whether a model has products that round activations to 8 bits, and could do without."""
+    graph = onnx.load(model, load_external_data=False).graph
+    return any(_accuracy_level(node) == ROUNDED_ACTIVATIONS for node in graph.node)
+
+
+def _with_accuracy_level(model: Path, level: int) -> bytes:
+    proto = onnx.load(model, load_external_data=False)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == _ACCURACY_LEVEL:
+                attribute.i = level
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _accuracy_level(node: onnx.NodeProto) -> int:
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == _ACCURACY_LEVEL), 0)
 
 
 def _row(tokens: list[int]) -> IntArray:

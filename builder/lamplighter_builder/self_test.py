@@ -7,8 +7,9 @@ from typing import Final
 
 from tokenizers import Tokenizer
 
-from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
+from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.manifest import GenerationDefaults, SelfTest
+from lamplighter_builder.generation import encode_prompt
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.runner import Runner
 
@@ -50,7 +51,7 @@ def make_self_tests(
     progress.stage("self-test", len(_PROMPTS))
     tests = []
     for prompt in _PROMPTS:
-        tokens = _encode(prompt, tokenizer, chat_format)
+        tokens = encode_prompt(prompt, tokenizer, chat_format)
         greedy = runner.greedy(
             tokens, _TOKENS, frozenset(generation.eos_token_ids), short_rope_tokens=short_rope_tokens
         )
@@ -64,10 +65,3 @@ def make_self_tests(
         )
         progress.advance(1)
     return tuple(tests)
-
-
-def _encode(prompt: str, tokenizer: Tokenizer, chat_format: ChatFormat | None) -> list[int]:
-    if chat_format is None:
-        return list(tokenizer.encode(prompt).ids)
-    text = "".join(segment.text for segment in chat_format.render([ChatMessage("user", prompt)]))
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)

@@ -17,7 +17,7 @@ from lamplighter_builder.weight_file import WeightFile
 
 FORMATS = [
     BlockFormat(bits=bits, block_size=size, symmetric=symmetric)
-    for bits in (4, 8)
+    for bits in (4, 5, 6, 8)
     for size in (16, 32)
     for symmetric in (True, False)
 ]

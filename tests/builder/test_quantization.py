@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamplighter_agent.errors import ConfigError
 from lamplighter_agent.package.chat_format import ChatFormat, Role, RoleFormat
-from lamplighter_builder.quantization.allocation import Choice, allocate
+from lamplighter_builder.budget import Budget, fit_formats
+from lamplighter_builder.generation import Answer, compare_answers, loop_begin
+from lamplighter_builder.quantization.activations import activation_noise
+from lamplighter_builder.quantization.allocation import PLAIN, Bound, Choice, allocate
 from lamplighter_builder.quantization.blockwise import BlockFormat, FloatArray, QuantizedMatrix, storable_scales
 from lamplighter_builder.quantization.calibration import read_texts, render_dialogue, shipped_texts, token_windows
 from lamplighter_builder.quantization.fidelity import Tally
@@ -22,7 +27,7 @@ from lamplighter_builder.quantization.rtn import quantize_rtn
 
 FORMATS = [
     BlockFormat(bits=bits, block_size=size, symmetric=symmetric)
-    for bits, size, symmetric in itertools.product((4, 8), (32, 64), (True, False))
+    for bits, size, symmetric in itertools.product((4, 5, 6, 8), (32, 64), (True, False))
 ]
 
 
@@ -127,7 +132,7 @@ MATRICES = st.dictionaries(
 def test_allocation_keeps_its_budget_and_spends_what_helps(choices: dict[str, list[Choice]], share: float) -> None:
     smallest = sum(options[0].nbytes for options in choices.values())
     budget = round(smallest * (1 + share))
-    chosen = allocate(choices, budget)
+    chosen = allocate(choices, Bound(budget))
     total = sum(choice.nbytes for choice in chosen.values())
     assert chosen.keys() == choices.keys()
     assert total <= budget
@@ -141,13 +146,67 @@ def test_allocation_spends_on_what_gains_most_a_byte() -> None:
         "dull": [Choice(COARSE, 100, 0.2), Choice(FINE, 200, 0.1)],
         "sharp": [Choice(COARSE, 100, 0.9), Choice(FINE, 200, 0.1)],
     }
-    chosen = allocate(choices, 300)
+    chosen = allocate(choices, Bound(300))
     assert (chosen["dull"].format, chosen["sharp"].format) == (COARSE, FINE)
 
 
 def test_budget_below_four_bits_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 100 bytes with 4 bits a weight, but the budget leaves 99"):
-        allocate({"a": [Choice(COARSE, 100, 1.0)]}, 99)
+        allocate({"a": [Choice(COARSE, 100, 1.0)]}, Bound(99))
+
+
+def test_bound_on_work_is_kept_where_bytes_would_allow_more() -> None:
+    options = [Choice(COARSE, 100, 1.0, 100), Choice(FINE, 200, 0.1, 175)]
+    chosen = allocate(dict.fromkeys("abcd", options), Bound(800, 560))
+    assert sum(choice.work for choice in chosen.values()) == 550
+    assert [choice.format for choice in chosen.values()].count(FINE) == 2
+
+
+def test_small_sizes_keep_the_speed_of_plain_int4_and_larger_ones_do_not() -> None:
+    options = [Choice(PLAIN, 1000, 1.0, 100), Choice(FINE, 2000, 0.1, 175)]
+    choices = {f"{index}": options for index in range(10)}
+    for nbytes, slowdown, fine in ((12_000, None, 1), (13_000, None, 3), (13_000, 0.1, 1), (12_000, 9.0, 2)):
+        formats = fit_formats(choices, lambda chosen: _bytes_of(chosen, choices), Budget(nbytes, slowdown))
+        assert list(formats.values()).count(FINE) == fine
+
+
+def _bytes_of(chosen: Mapping[str, BlockFormat], choices: Mapping[str, Sequence[Choice]]) -> int:
+    return sum(choice.nbytes for name, found in chosen.items() for choice in choices[name] if choice.format == found)
+
+
+def test_rounding_of_activations_costs_more_in_larger_blocks() -> None:
+    x = torch.from_numpy(correlated_inputs())
+    weights = torch.ones(len(x))
+    small, large = (activation_noise(x, weights, size) for size in (32, 128))
+    rounded = x.view(-1, 4, 32)
+    steps = rounded.abs().amax(2, keepdim=True) / 127
+    expected = ((rounded / steps).round() * steps - rounded).square().flatten(1).mean(0)
+    np.testing.assert_allclose(small, expected.numpy(), rtol=1e-4)
+    assert large.sum() > small.sum()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "begin"),
+    [
+        ([1, 2, 3, *[7] * 30], 4),
+        ([1, 2, *[5, 6, 7] * 9], 5),
+        (list(range(60)), None),
+        ([*[7] * 40, 1, 2, 3], None),
+        ([9] * 15, None),
+    ],
+)
+def test_loop_begins_with_the_first_token_that_repeats(tokens: list[int], begin: int | None) -> None:
+    assert loop_begin(tokens) == begin
+
+
+def test_loop_counts_only_where_the_reference_would_leave_it() -> None:
+    looping = Answer((1,), (1, 2, *[7] * 30))
+    stays, leaves = list(looping.tokens), list(looping.tokens)
+    leaves[20] = 8
+    found = compare_answers([looping, looping, Answer((1,), (4, 5))], [stays, leaves, [4, 6]])
+    assert (found.endless_loops, found.identical_answers) == (1, 1)
+    assert found.agreement == pytest.approx(64 / 66)
+    assert found.tokens_until_difference == pytest.approx((32 + 20 + 1) / 3)
 
 
 def test_windows_are_whole_and_always_the_same() -> None:

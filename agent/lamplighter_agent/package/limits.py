@@ -1,4 +1,4 @@
-"""What a package must show on a device before that takes it into use."""
+"""What a package must show on a device before that takes it into use, and the ranges of numbers in a manifest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Positive = Annotated[int, Meta(ge=1, le=2**53)]
 
 
 class TrialLimits(msgspec.Struct, frozen=True, kw_only=True):

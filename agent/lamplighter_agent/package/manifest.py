@@ -15,13 +15,14 @@ from msgspec import Meta
 
 from lamplighter_agent.errors import ManifestError
 from lamplighter_agent.package.chat_format import ChatFormat
+from lamplighter_agent.package.fidelity import Fidelity
 from lamplighter_agent.package.layout import (
     CHUNK_BYTES,
     MANIFEST_NAME,
     MAX_FILES,
     MAX_MANIFEST_BYTES,
 )
-from lamplighter_agent.package.limits import TrialLimits
+from lamplighter_agent.package.limits import Count, Positive, TrialLimits
 from lamplighter_agent.package.manifest_rules import check_manifest
 
 FORMAT_VERSION: Final = "1.0"
@@ -30,8 +31,6 @@ _FORMAT_MAJOR: Final = 1
 UNKNOWN_LICENCE: Final = "LicenseRef-Unknown"
 """``Manifest.licence`` of a package whose licence nobody named; who passes the package on must find out."""
 
-Count = Annotated[int, Meta(ge=0, le=2**53)]
-Positive = Annotated[int, Meta(ge=1, le=2**53)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 FileRole = Literal["model", "weights", "tokenizer", "genai_config", "notice", "other"]
 CacheDtype = Literal["float32", "float16", "int8"]
@@ -216,26 +215,6 @@ class SelfTest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: Annotated[tuple[TokenId, ...], Meta(min_length=1)]
     expected_tokens: Annotated[tuple[TokenId, ...], Meta(min_length=1)]
     min_matching_tokens: Count
-
-
-class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the package is from its reference on held-out text.
-
-    Attributes:
-        kl_mean: Mean Kullback-Leibler divergence from the reference, nats a token.
-        top1_agreement: Share of positions with the same most likely token, 0 to 1.
-        tokens: Positions compared.
-        reference: What was compared with.
-    """
-
-    kl_mean: float
-    top1_agreement: float
-    tokens: Positive
-    reference: str
-    kl_median: float | None = None
-    kl_p99: float | None = None
-    perplexity: float | None = None
-    reference_perplexity: float | None = None
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):

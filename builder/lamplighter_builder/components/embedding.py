@@ -9,7 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from lamplighter_builder.components.linear import (
+    as_blocks,
     exact_repacker,
+    join_planes,
     matmul_nbits,
     quantized_arrays,
     quantized_specs,
@@ -72,27 +74,30 @@ class QuantizedEmbedding:
     """``GatherBlockQuantized`` on the blob that a tied head reads as ``MatMulNBits``."""
 
     def __init__(self, graph: Graph, spec: EmbeddingSpec, recipe: MatrixRecipe) -> None:
-        self._spec, self._format = spec, recipe.format
-        self._matrix_specs = quantized_specs(spec.name, recipe.format, spec.vocab_size, spec.hidden_size)
-        codes, *rest = self._matrix_specs
-        table = TensorSpec(codes.name, np.uint8, (spec.vocab_size, codes.nbytes // spec.vocab_size))
+        self._format = recipe.format
+        self._shape = (spec.vocab_size, spec.hidden_size)
+        self._specs = quantized_specs(spec.name, recipe.format, *self._shape)
+        exactly = exact_repacker(recipe.format)
 
-        def as_table(arrays: Sequence[Array]) -> list[Array]:
-            packed, *others = arrays
-            return [packed.reshape(table.shape), *others]
+        def as_tables(arrays: Sequence[Array]) -> list[Array]:
+            return [array.reshape(table.shape) for array, table in zip(arrays, tables, strict=True)]
 
         def convert(sources: Sequence[FloatArray]) -> list[Array]:
-            return as_table(quantized_arrays(recipe.quantize(sources[0])))
-
-        exactly = exact_repacker(recipe.format)
+            return as_tables(quantized_arrays(recipe.quantize(sources[0])))
 
         def repack(sources: Sequence[QuantizedMatrix]) -> list[Array] | None:
             arrays = exactly(sources)
-            return None if arrays is None else as_table(arrays)
+            return None if arrays is None else as_tables(arrays)
 
-        self._tensors = graph.weight(
-            Weight("embedding", (spec.source,), (table, *rest), convert, repack, recipe.format)
-        )
+        codes, *rest = self._specs
+        joined = len(recipe.format.plane_widths) > 1
+        table = TensorSpec(codes.name, codes.dtype, (spec.vocab_size, codes.nbytes // spec.vocab_size))
+        tables = self._specs if joined else (table, *rest)
+        tensors = graph.weight(Weight("embedding", (spec.source,), tables, convert, repack, recipe.format))
+        if joined:
+            tensors = join_planes(graph, tensors, recipe.format, self._shape)
+            graph.computed(TensorSpec(tensors[0].name, np.uint8, self._shape))
+        self._tensors = tensors
 
     def lookup(self, graph: Graph, token_ids: Value) -> Value:
         """From token ids int64 [B, S] to hidden states [B, S, hidden_size]."""
@@ -102,7 +107,7 @@ class QuantizedEmbedding:
             [table, token_ids, *rest],
             domain=CONTRIB_DOMAIN,
             attributes={
-                "bits": self._format.bits,
+                "bits": self._format.kernel_bits,
                 "block_size": self._format.block_size,
                 "gather_axis": 0,
                 "quantize_axis": 1,
@@ -112,10 +117,13 @@ class QuantizedEmbedding:
 
     def project(self, graph: Graph, hidden: Value) -> Value:
         """From hidden states [B, S, hidden_size] to logits [B, S, vocab_size]."""
-        spec = self._matrix_specs[0]
-        codes = graph.alias(TensorSpec(f"{spec.name}_as_matrix", spec.dtype, spec.shape), of=self._tensors[0])
-        shape = (self._spec.vocab_size, self._spec.hidden_size)
-        return matmul_nbits(graph, hidden, [codes, *self._tensors[1:]], self._format, shape)
+        table, *rest = self._tensors
+        if len(self._format.plane_widths) > 1:
+            codes = as_blocks(graph, table, self._format, self._shape)
+        else:
+            spec = self._specs[0]
+            codes = graph.alias(TensorSpec(f"{spec.name}_as_matrix", spec.dtype, spec.shape), of=table)
+        return matmul_nbits(graph, hidden, [codes, *rest], self._format, self._shape)
 
 
 class QuantizedEmbeddingFactory:

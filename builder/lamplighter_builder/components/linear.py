@@ -113,33 +113,89 @@ class QuantizedLinear:
             return quantized_arrays(recipe.quantize(_stack(sources)))
 
         repack = exact_repacker(recipe.format)
+        shape = (spec.out_features, spec.in_features)
         tensors = graph.weight(Weight(spec.group, spec.sources, outputs, convert, repack, recipe.format))
+        if len(recipe.format.plane_widths) > 1:
+            whole = join_planes(graph, tensors, recipe.format, shape)
+            tensors = (as_blocks(graph, whole[0], recipe.format, shape), *whole[1:])
         bias = declare_bias(graph, spec) if spec.biases else None
-        return matmul_nbits(graph, x, tensors, recipe.format, (spec.out_features, spec.in_features), bias)
+        return matmul_nbits(graph, x, tensors, recipe.format, shape, bias)
 
 
 def quantized_specs(
     name: str, block_format: BlockFormat, out_features: int, in_features: int
 ) -> tuple[TensorSpec, ...]:
-    """Return the initializers of a ``MatMulNBits``: codes, scales and, if asymmetric, packed zero points."""
+    """Return the initializers of a matrix: codes or their planes, scales and, if asymmetric, packed zero points."""
     blocks = block_format.blocks(in_features)
-    specs = [
-        TensorSpec(
-            f"{name}.weight_codes", np.uint8, (out_features, blocks, block_format.block_size * block_format.bits // 8)
-        ),
-        TensorSpec(f"{name}.weight_scales", np.float32, (out_features, blocks)),
-    ]
+    if len(block_format.plane_widths) > 1:
+        specs = [
+            TensorSpec(f"{name}.{plane}", np.uint8, (out_features, 1, in_features * width // 8))
+            for plane, width in zip(("weight_high_codes", "weight_low_codes"), block_format.plane_widths, strict=True)
+        ]
+    else:
+        packed = block_format.block_size * block_format.bits // 8
+        specs = [TensorSpec(f"{name}.weight_codes", np.uint8, (out_features, blocks, packed))]
+    specs.append(TensorSpec(f"{name}.weight_scales", np.float32, (out_features, blocks)))
     if not block_format.symmetric:
-        width = -(-blocks * block_format.bits // 8)
+        width = -(-blocks * block_format.kernel_bits // 8)
         specs.append(TensorSpec(f"{name}.weight_zero_points", np.uint8, (out_features, width)))
     return tuple(specs)
 
 
 def quantized_arrays(matrix: QuantizedMatrix) -> list[Array]:
     """Return the arrays of :func:`quantized_specs`, in the same order."""
-    arrays: list[Array] = [matrix.packed_codes(), matrix.scales]
+    codes: list[Array] = [matrix.packed_codes()] if len(matrix.format.plane_widths) == 1 else [*matrix.planes()]
     zero_points = matrix.packed_zero_points()
-    return arrays if zero_points is None else [*arrays, zero_points]
+    return [*codes, matrix.scales] if zero_points is None else [*codes, matrix.scales, zero_points]
+
+
+def join_planes(
+    graph: Graph, tensors: Sequence[Value], block_format: BlockFormat, shape: tuple[int, int]
+) -> tuple[Value, ...]:
+    """Emit how onnxruntime puts codes of 5 or 6 bits together when it loads the model: constants that it computes once.
+
+    Args:
+        graph: Graph under construction.
+        tensors: Both planes, scales and, if asymmetric, zero points, as declared by :func:`quantized_specs`.
+        block_format: Bits, block size and symmetry.
+        shape: (N, K).
+
+    Returns:
+        Codes uint8 [N, K] of 8 bits, scales and zero points.
+    """
+    whole = graph.constant(np.array(shape, dtype=np.int64))
+    parts: list[Value] = []
+    for plane, width in zip(tensors[:2], block_format.plane_widths, strict=True):
+        shifts = np.arange(0, 8, width, dtype=np.uint8).reshape(1, -1, 1)
+        (shifted,) = graph.op("BitShift", [plane, graph.constant(shifts)], attributes={"direction": "RIGHT"})
+        mask = graph.constant(np.array((1 << width) - 1, dtype=np.uint8))
+        parts += graph.op("BitwiseAnd", [shifted, mask])
+    low_width = graph.constant(np.array(block_format.plane_widths[1], dtype=np.uint8))
+    (high,) = graph.op("Reshape", [parts[0], whole])
+    (low,) = graph.op("Reshape", [parts[1], whole])
+    (raised,) = graph.op("BitShift", [high, low_width], attributes={"direction": "LEFT"})
+    (codes,) = graph.op("BitwiseOr", [raised, low])
+    scales, *zero_points = tensors[2:]
+    if block_format.symmetric:
+        blocks = (shape[0], block_format.blocks(shape[1]))
+        (zero_point,) = graph.op(
+            "Expand",
+            [
+                graph.constant(np.array(block_format.default_zero_point, dtype=np.uint8)),
+                graph.constant(np.array(blocks, dtype=np.int64)),
+            ],
+        )
+        graph.computed(TensorSpec(zero_point.name, np.uint8, blocks))
+        zero_points = [zero_point]
+    return codes, scales, *zero_points
+
+
+def as_blocks(graph: Graph, codes: Value, block_format: BlockFormat, shape: tuple[int, int]) -> Value:
+    """Emit the shape that ``MatMulNBits`` reads: from codes [N, K] of 8 bits to [N, blocks, block_size]."""
+    blocks = (shape[0], block_format.blocks(shape[1]), block_format.block_size)
+    (reshaped,) = graph.op("Reshape", [codes, graph.constant(np.array(blocks, dtype=np.int64))])
+    graph.computed(TensorSpec(reshaped.name, np.uint8, blocks))
+    return reshaped
 
 
 def exact_repacker(block_format: BlockFormat) -> Callable[[Sequence[QuantizedMatrix]], list[Array] | None]:
@@ -184,7 +240,7 @@ def matmul_nbits(
         attributes={
             "N": shape[0],
             "K": shape[1],
-            "bits": block_format.bits,
+            "bits": block_format.kernel_bits,
             "block_size": block_format.block_size,
             "accuracy_level": ACCURACY_LEVEL,
         },

@@ -3,6 +3,9 @@
 A weight [N, K] (N out features, K in features) is cut along K into blocks of ``block_size``. Each block has one float
 scale and, if asymmetric, one integer zero point; a stored code ``q`` stands for ``(q - zero_point) * scale``. Without
 zero points both operators take ``2 ** (bits - 1)``.
+
+The operators read 4 or 8 bits. Codes of 5 and 6 bits are stored as planes, the upper four bits and the rest, and become
+codes of 8 bits when a package is loaded: a file between the two sizes, and the speed and memory of 8 bits.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from lamplighter_agent.errors import UnsupportedModelError
 FloatArray = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.uint8]
 
-SUPPORTED_BITS: Final = (4, 8)
+SUPPORTED_BITS: Final = (4, 5, 6, 8)
 SUPPORTED_BLOCK_SIZES: Final = (16, 32, 64, 128, 256)
 
 
@@ -28,7 +31,7 @@ class BlockFormat:
     """How a matrix is quantized.
 
     Attributes:
-        bits: Bits a weight, 4 or 8.
+        bits: Bits a weight in the file: 4, 5, 6 or 8.
         block_size: Weights along K that share a scale.
         symmetric: True without zero points.
 
@@ -47,6 +50,16 @@ class BlockFormat:
             raise ValueError(f"block_size is {self.block_size}, but must be one of {SUPPORTED_BLOCK_SIZES}")
 
     @property
+    def kernel_bits(self) -> int:
+        """Bits of the codes that the operators read, 4 or 8."""
+        return 4 if self.bits == 4 else 8
+
+    @property
+    def plane_widths(self) -> tuple[int, ...]:
+        """Bits of each plane that codes are stored in, the upper ones first; one plane where they are read as such."""
+        return (self.bits,) if self.bits == self.kernel_bits else (4, self.bits - 4)
+
+    @property
     def default_zero_point(self) -> int:
         """The code that stands for zero when there are no zero points."""
         return 1 << (self.bits - 1)
@@ -59,7 +72,7 @@ class BlockFormat:
     def nbytes(self, out_features: int, in_features: int) -> int:
         """Return the bytes of a stored matrix: codes, scales of half precision and zero points."""
         blocks = self.blocks(in_features)
-        zero_points = 0 if self.symmetric else -(-blocks * self.bits // 8)
+        zero_points = 0 if self.symmetric else -(-blocks * self.kernel_bits // 8)
         return out_features * (in_features * self.bits // 8 + 2 * blocks + zero_points)
 
     def blocks(self, in_features: int) -> int:
@@ -119,9 +132,20 @@ class QuantizedMatrix:
         rows, blocks = self.scales.shape
         return pack(self.codes, self.format.bits).reshape(rows, blocks, -1)
 
+    def planes(self) -> list[CodeArray]:
+        """Return the planes of codes of 5 or 6 bits, each uint8 [N, 1, K * width / 8], the upper four bits first.
+
+        A byte of a plane holds 8 / width parts of codes; the lowest bits belong to the first features of the row.
+        """
+        *_, low = self.format.plane_widths
+        parts = (self.codes >> np.uint8(low), self.codes & np.uint8((1 << low) - 1))
+        return [
+            _pack_plane(part, width)[:, None, :] for part, width in zip(parts, self.format.plane_widths, strict=True)
+        ]
+
     def packed_zero_points(self) -> CodeArray | None:
-        """Return the zero points as uint8 [N, ceil(blocks * bits / 8)], each row padded with zero bits, or None."""
-        return None if self.zero_points is None else pack(self.zero_points, self.format.bits)
+        """Return the zero points as uint8 [N, bytes], packed as the operators read them, or None."""
+        return None if self.zero_points is None else pack(self.zero_points, self.format.kernel_bits)
 
 
 def storable_scales(scales: FloatArray) -> FloatArray:
@@ -209,3 +233,12 @@ def unpack(packed: CodeArray, bits: int, columns: int) -> CodeArray:
     codes[:, 0::2] = packed & 0x0F
     codes[:, 1::2] = packed >> np.uint8(4)
     return codes[:, :columns]
+
+
+def _pack_plane(parts: CodeArray, width: int) -> CodeArray:
+    """Pack parts of codes [N, K], each below ``2 ** width``, into bytes [N, K * width / 8]."""
+    ranges = np.split(parts, 8 // width, axis=1)
+    packed = np.zeros_like(ranges[0])
+    for index, part in enumerate(ranges):
+        packed |= part << np.uint8(index * width)
+    return packed

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from lamplighter_agent.package.manifest import Fidelity
+from lamplighter_agent.package.fidelity import AccuracyLevelFidelity, Fidelity
 from lamplighter_builder.quantization.blockwise import FloatArray
 from lamplighter_builder.quantization.calibration import TokenArray
 
@@ -21,6 +21,7 @@ class Tally:
     def __init__(self) -> None:
         self._divergences: list[torch.Tensor] = []
         self._agreed = 0
+        self._chosen: list[torch.Tensor] = []
         self._losses: list[torch.Tensor] = []
         self._reference_losses: list[torch.Tensor] = []
         self.max_difference = 0.0
@@ -43,12 +44,27 @@ class Tally:
             expected = torch.from_numpy(reference[rows]).double().log_softmax(-1)
             found = torch.from_numpy(candidate[rows]).double().log_softmax(-1)
             self._divergences.append((expected.exp() * (expected - found)).sum(-1))
-            self._agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
+            self._chosen.append(found.argmax(-1))
+            self._agreed += int((expected.argmax(-1) == self._chosen[-1]).sum())
             labels = torch.from_numpy(following[rows])[:, None]
             self._losses.append(-found[: len(labels)].gather(1, labels)[:, 0])
             self._reference_losses.append(-expected[: len(labels)].gather(1, labels)[:, 0])
             difference = np.abs(reference[rows] - candidate[rows]).max()
             self.max_difference = max(self.max_difference, float(difference))
+
+    def compare_level(self, exact: Tally) -> AccuracyLevelFidelity:
+        """Compare with a tally of the same positions, in which activations were not rounded.
+
+        Raises:
+            ValueError: If there is no position.
+        """
+        chosen, chosen_exactly = torch.cat(self._chosen), torch.cat(exact._chosen)
+        return AccuracyLevelFidelity(
+            tokens=len(chosen),
+            flipped=float((chosen != chosen_exactly).double().mean()),
+            kl_mean=float(torch.cat(self._divergences).mean()),
+            level_1_kl_mean=float(torch.cat(exact._divergences).mean()),
+        )
 
     def summary(self, reference: str) -> Fidelity:
         """Return the statistics.

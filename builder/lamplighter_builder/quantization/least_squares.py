@@ -20,7 +20,7 @@ from lamplighter_builder.quantization.blockwise import (
 from lamplighter_builder.quantization.rows import in_row_ranges
 
 _WIDTHS: Final = (1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72)
-"""Shares of a block's range that four bits are tried on. Eight bits have codes enough for the whole range."""
+"""Shares of a block's range that four to six bits are tried on. Eight bits have codes enough for the whole range."""
 
 
 def quantize_least_squares(
@@ -47,7 +47,7 @@ def quantize_least_squares(
     def quantize_range(part: slice) -> None:
         values = weight[part].reshape(-1, blocks, block_format.block_size)
         search = _Search(values, share, block_format)
-        for width in _WIDTHS if block_format.bits == 4 else _WIDTHS[:1]:
+        for width in _WIDTHS if block_format.bits < 8 else _WIDTHS[:1]:
             search.try_width(np.float32(width))
         scales[part], zero_points[part] = search.scales, search.zero_points
         codes[part] = search.codes().reshape(codes[part].shape)
@@ -82,7 +82,7 @@ class _Search:
             scales = storable_scales((highest - lowest) / np.float32(form.max_code))
             zero_points = np.rint(-lowest / _nonzero(scales)).clip(0, form.max_code)
         offsets = self._keep(scales, zero_points)
-        if form.bits == 4:
+        if form.bits < 8:
             power = np.einsum("nbk,nbk,bk->nb", offsets, offsets, self._share)
             match = np.einsum("nbk,nbk,bk->nb", offsets, self._values, self._share)
             self._keep(storable_scales(np.where(power > 0, match / _nonzero(power), scales)), zero_points)

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from lamplighter_agent.package.manifest import Fidelity
+from lamplighter_agent.package.fidelity import Fidelity
 
 _WIDTH: Final = 760
 _HEIGHT: Final = 260
