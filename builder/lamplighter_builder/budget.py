@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from lamplighter_builder.quantization.allocation import PLAIN, Bound, Choice, allocate
+from lamplighter_agent.errors import ConfigError
+from lamplighter_builder.quantization.allocation import CANDIDATES, PLAIN, Bound, Choice, allocate
 from lamplighter_builder.quantization.blockwise import BlockFormat
 from lamplighter_builder.quantization.least_squares import quantize_least_squares
 from lamplighter_builder.quantization.report import Alternative
@@ -48,8 +49,42 @@ class Budget:
         return (1 + slowdown / _PRODUCTS_SHARE) * sum(choice.work for choice in plain)
 
 
+def check_reach(
+    shapes: Mapping[str, Sequence[tuple[int, int]]],
+    size_of: Callable[[Mapping[str, BlockFormat]], int],
+    budget: Budget,
+) -> None:
+    """Check a budget before any work is done for it.
+
+    Args:
+        shapes: (N, K) of what each matrix is stacked from, by path.
+        size_of: From the formats of all matrices to the bytes of both files.
+        budget: For the whole package.
+
+    Raises:
+        ConfigError: If it is below what four bits a weight need.
+    """
+    smallest = {
+        path: min(
+            (candidate for candidate in CANDIDATES if not parts[0][1] % candidate.block_size),
+            key=lambda candidate: sum(candidate.nbytes(*shape) for shape in parts),
+        )
+        for path, parts in shapes.items()
+    }
+    least = size_of(smallest)
+    if least > budget.nbytes:
+        raise ConfigError(
+            f"the model needs at least {least / 1e6:.2f} MB with 4 bits a weight, but the budget is "
+            f"{budget.nbytes / 1e6:.2f} MB",
+            hint="raise --target-mb or --bits-per-weight",
+        )
+
+
 def size_curve(choices: Mapping[str, Sequence[Choice]], max_slowdown: float | None = None) -> list[Alternative]:
-    """Return the expected divergence at sizes between the smallest and the largest that the choices make."""
+    """Return the expected divergence at sizes between the smallest and the largest that the choices make.
+
+    Behind these come the formats that all matrices can have alike.
+    """
     smallest = sum(min(choice.nbytes for choice in options) for options in choices.values())
     largest = sum(max(choice.nbytes for choice in options) for options in choices.values())
     points = []
@@ -57,8 +92,17 @@ def size_curve(choices: Mapping[str, Sequence[Choice]], max_slowdown: float | No
         nbytes = round(smallest + float(share) * (largest - smallest))
         work = Budget(nbytes, max_slowdown).most_work(choices)
         chosen = allocate(choices, Bound(nbytes, work)).values()
-        points.append(Alternative(sum(choice.nbytes for choice in chosen), sum(choice.cost for choice in chosen)))
+        points.append(_alternative(chosen))
+    for candidate in CANDIDATES:
+        alike = [choice for options in choices.values() for choice in options if choice.format == candidate]
+        if len(alike) == len(choices):
+            name = f"{candidate.bits} bits in blocks of {candidate.block_size}"
+            points.append(_alternative(alike, name))
     return points
+
+
+def _alternative(chosen: Collection[Choice], name: str = "") -> Alternative:
+    return Alternative(sum(choice.nbytes for choice in chosen), sum(choice.cost for choice in chosen), name)
 
 
 def fit_formats(

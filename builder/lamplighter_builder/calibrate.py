@@ -23,7 +23,7 @@ from torch import nn
 
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.manifest import ModelFacts
-from lamplighter_builder.budget import Budget, fit_formats, scheme_of, size_curve
+from lamplighter_builder.budget import Budget, check_reach, fit_formats, scheme_of, size_curve
 from lamplighter_builder.checkpoint import Checkpoint
 from lamplighter_builder.graph import FloatArray, Graph
 from lamplighter_builder.matrix_store import CalibratedWeights, MatrixStore
@@ -31,7 +31,13 @@ from lamplighter_builder.progress import Progress
 from lamplighter_builder.quantization.activations import activation_noise, weighted_hessian
 from lamplighter_builder.quantization.allocation import CANDIDATES, Choice, decode_work, expected_cost
 from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMatrix
-from lamplighter_builder.quantization.calibration import TokenArray, read_texts, shipped_texts, token_windows
+from lamplighter_builder.quantization.calibration import (
+    TokenArray,
+    read_texts,
+    refuse_held_out,
+    shipped_texts,
+    token_windows,
+)
 from lamplighter_builder.quantization.gptq import conditional_variance, quantize_gptq
 from lamplighter_builder.quantization.least_squares import quantize_least_squares
 from lamplighter_builder.quantization.report import Alternative, MatrixReport
@@ -46,6 +52,9 @@ _HEAD_ROWS: Final = 512
 
 _MAX_STATE_BYTES: Final = 1 << 30
 """Most bytes of layer inputs kept for the gradients."""
+
+
+MatrixQuantizer = Callable[[FloatArray, BlockFormat, FloatArray], QuantizedMatrix]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +119,10 @@ def calibration_tokens(
         facts: Sizes of the model.
 
     Raises:
-        ConfigError: If a text cannot be read, or there is too little.
+        ConfigError: If a text cannot be read, there is too little, or it is what fidelity is reported on.
     """
     texts = read_texts(paths) if paths else shipped_texts(chat_format)
+    refuse_held_out(paths, texts)
     most = _MAX_STATE_BYTES // (4 * facts.hidden_size * (facts.num_hidden_layers + 2))
     return token_windows(texts, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, most)
 
@@ -141,18 +151,32 @@ class Calibrator:
         checkpoint: The model.
         windows: Calibration tokens, int64 [B, S].
         progress: Hears of the two runs.
+        quantizer: From a weight [N, K], its format and the Hessian [K, K] of its inputs to a matrix.
 
     Raises:
         UnsupportedModelError: If transformers knows the architecture by other tensor names than the checkpoint's.
     """
 
-    def __init__(self, checkpoint: Checkpoint, windows: TokenArray, progress: Progress) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        windows: TokenArray,
+        progress: Progress,
+        quantizer: MatrixQuantizer = quantize_gptq,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._quantizer = quantizer
         self._tokens = torch.from_numpy(windows)
         self._progress = progress
         self._model = StreamedModel(checkpoint)
         self._tied = checkpoint.config.flag("tie_word_embeddings", default=_HEAD not in checkpoint.tensors)
         self._head_hessian: FloatArray | None = None
+
+    def with_quantizer(self, quantizer: MatrixQuantizer) -> Calibrator:
+        """Return a calibrator of the same model and text, which has heard what this one has."""
+        other = Calibrator(self._checkpoint, self._tokens.numpy(), self._progress, quantizer)
+        other._head_hessian = self._head_hessian
+        return other
 
     def quantize_within(
         self,
@@ -173,6 +197,9 @@ class Calibrator:
             ConfigError: If the bound is below what four bits a weight need.
         """
         matrices = packed_matrices(graph)
+        if budget is not None:
+            shapes = {matrix.path: [self._shape(name) for name in matrix.sources] for matrix in matrices}
+            check_reach(shapes, lambda chosen: measure(scheme_of(chosen)), budget)
         sensitivities = self.listen()
         formats = {matrix.path: matrix.format for matrix in matrices}
         alternatives: list[Alternative] = []
@@ -263,7 +290,7 @@ class Calibrator:
         for name in sorted({_EMBEDDING, head} & set(formats)):
             weight, hessian = self._checkpoint.read(name), self._head_hessian
             if name == head:
-                matrix = quantize_gptq(weight, formats[name], hessian)
+                matrix = self._quantizer(weight, formats[name], hessian)
             else:  # a table that is only looked up in: every row counts by itself
                 matrix, hessian = (
                     quantize_least_squares(weight, formats[name]),
@@ -277,12 +304,16 @@ class Calibrator:
             name = f"{path}.weight"
             hessian = weighted_hessian(x, sensitivities[name].token_weights)
             weight = module.weight.detach().numpy()
-            matrix = quantize_gptq(weight, formats[name], hessian)
+            matrix = self._quantizer(weight, formats[name], hessian)
             module.weight = nn.Parameter(torch.from_numpy(matrix.dequantize()), requires_grad=False)
             finish(name, weight, matrix, hessian)
 
         self._model.run(self._model.embedding(self._tokens), visit)
         return errors
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self._checkpoint.tensors[name].shape
+        return rows, columns
 
     def _listened(self, name: str) -> str:
         """Return under which name ``listen`` knows a tensor: a tied embedding is the head."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import sys
 import time
@@ -117,15 +118,23 @@ def _add_build(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     build.set_defaults(run=run_build)
 
 
+def _positive(text: str) -> float:
+    """Read a positive finite number."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return number
+
+
 def _add_quantization(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "-q", "--quantizer", choices=QUANTIZERS, help="how matrices are rounded (default: least-squares)"
     )
-    build.add_argument("--target-mb", type=float, metavar="MB", help="most megabytes of the model; implies -q gptq")
-    build.add_argument("--bits-per-weight", type=float, metavar="BITS", help="the same bound; implies -q gptq")
+    build.add_argument("--target-mb", type=_positive, metavar="MB", help="most megabytes of the model; implies -q gptq")
+    build.add_argument("--bits-per-weight", type=_positive, metavar="BITS", help="the same bound; implies -q gptq")
     build.add_argument(
         "--max-slowdown",
-        type=float,
+        type=_positive,
         metavar="PERCENT",
         help="with a size: how much longer than with plain INT4 a decode step may take, estimated "
         "(default: 10 up to 1.2 times the size of plain INT4, else any)",
@@ -138,7 +147,7 @@ def _add_quantization(build: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 text to listen to instead of the builder's own; implies -q gptq; may be repeated",
     )
-    build.add_argument("--max-kl", type=float, metavar="NATS", help="fail if the package diverges more than this")
+    build.add_argument("--max-kl", type=_positive, metavar="NATS", help="fail if the package diverges more than this")
     build.add_argument("--no-fidelity", action="store_true", help="do not compare the package with the checkpoint")
 
 

@@ -13,11 +13,12 @@ from lamplighter_agent.package.fidelity import Fidelity
 from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME
 from lamplighter_builder.chat_template import compile_chat_template
 from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
-from lamplighter_builder.evaluation import Reference, evaluation_windows, held_out_texts
+from lamplighter_builder.evaluation import Reference, evaluation_windows
 from lamplighter_builder.genai_folder import read_genai_folder
 from lamplighter_builder.generation import PROMPTS, compare_answers, encode_prompt, generate_answers
 from lamplighter_builder.manifest_parts import generation_defaults, load_tokenizer
 from lamplighter_builder.progress import Progress
+from lamplighter_builder.quantization.calibration import held_out_texts
 from lamplighter_builder.runner import Runner
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from importlib.resources import files
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,8 +19,9 @@ from lamplighter_builder.checkpoint import Checkpoint
 from lamplighter_builder.generation import Answer
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.progress import Progress
-from lamplighter_builder.quantization.calibration import TokenArray, cut_windows, read_texts
+from lamplighter_builder.quantization.calibration import TokenArray, cut_windows, held_out_texts, read_texts
 from lamplighter_builder.quantization.fidelity import Tally
+from lamplighter_builder.quantization.page import render_page
 from lamplighter_builder.quantization.report import Report
 from lamplighter_builder.runner import EXACT_ACTIVATIONS, Runner, has_accuracy_level
 from lamplighter_builder.streamed_model import StreamedModel
@@ -37,12 +37,6 @@ _LEVEL_WINDOWS: Final = 4
 _MANY_FLIPS: Final = 0.05
 """Share of changed tokens from which on a user is warned. Rounding activations changes 2 to 4 % of a small model's most
 likely tokens, nearly all near-ties."""
-
-
-def held_out_texts() -> list[str]:
-    """Return the texts that come with the builder for this purpose."""
-    folder = files("lamplighter_builder.quantization").joinpath("held_out")
-    return [entry.read_text(encoding="utf-8") for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)]
 
 
 class Reference:
@@ -91,12 +85,9 @@ class Reference:
             BuildError: If it has another vocabulary.
         """
         rows = range(len(self.windows))
-        progress.stage("fidelity: package", len(rows))
-        tally, rounded, exact = Tally(), Tally(), Tally()
         sample = rows[:: -(-len(rows) // _LEVEL_WINDOWS)]
-        for index in rows:
-            self._add([tally, rounded] if index in sample else [tally], index, runner)
-            progress.advance(1)
+        rounded, exact = Tally(), Tally()
+        tally = self.tally(runner, progress, dict.fromkeys(sample, rounded))
         fidelity = msgspec.structs.replace(tally.summary(self.name), generation=generation)
         if not has_accuracy_level(model):
             return fidelity
@@ -106,6 +97,19 @@ class Reference:
             self._add([exact], index, exact_runner)
             progress.advance(1)
         return msgspec.structs.replace(fidelity, accuracy_level=rounded.compare_level(exact))
+
+    def tally(self, runner: Runner, progress: Progress, also: Mapping[int, Tally] | None = None) -> Tally:
+        """Compare a package's predictions on all windows; those of some are given to other tallies too.
+
+        Raises:
+            BuildError: If it has another vocabulary.
+        """
+        progress.stage("fidelity: package", len(self.windows))
+        tally = Tally()
+        for index in range(len(self.windows)):
+            self._add([tally] if also is None or index not in also else [tally, also[index]], index, runner)
+            progress.advance(1)
+        return tally
 
     def _add(self, tallies: Sequence[Tally], index: int, runner: Runner) -> None:
         """Compare the predictions on one window."""
@@ -165,7 +169,7 @@ def write_report(writer: PackageWriter, package: str, fidelity: Fidelity, calibr
     if calibrated is not None:
         report = dataclasses.replace(report, matrices=calibrated.matrices, alternatives=calibrated.alternatives)
     writer.write("fidelity.json", report.to_json())
-    writer.write("fidelity.html", report.to_html())
+    writer.write("fidelity.html", render_page(report))
 
 
 def evaluation_windows(tokenizer: Tokenizer, text: Path | None) -> TokenArray:

@@ -16,6 +16,7 @@ from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_agent.package.manifest import Manifest, decode_manifest
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.cli import main
+from lamplighter_builder.quantization.calibration import held_out_texts
 from lamplighter_builder.streamed_model import StreamedModel
 from support.families import FAMILIES, write_family_checkpoint
 
@@ -104,10 +105,13 @@ def test_formats_are_mixed_and_told(calibrated: Path) -> None:
     report = json.loads((calibrated / "fidelity.json").read_text())
     assert {matrix["bits"] for matrix in report["matrices"]} == found
     assert report["fidelity"]["kl_mean"] == manifest_of(calibrated).fidelity.kl_mean  # type: ignore[union-attr]
-    sizes = [point["nbytes"] for point in report["alternatives"]]
+    mixed = [point for point in report["alternatives"] if not point["name"]]
+    sizes = [point["nbytes"] for point in mixed]
     assert sizes == sorted(sizes)
-    costs = [point["expected_kl"] for point in report["alternatives"]]
+    costs = [point["expected_kl"] for point in mixed]
     assert costs == sorted(costs, reverse=True)
+    alike = {point["name"] for point in report["alternatives"]} - {""}
+    assert {"4 bits in blocks of 32", "8 bits in blocks of 32"} <= alike
 
 
 def test_greedy_answers_and_accuracy_levels_are_compared(calibrated: Path) -> None:
@@ -124,7 +128,8 @@ def test_greedy_answers_and_accuracy_levels_are_compared(calibrated: Path) -> No
 
 def test_report_is_a_page_that_needs_nothing_else(calibrated: Path) -> None:
     page = (calibrated / "fidelity.html").read_text(encoding="utf-8")
-    assert "<svg" in page
+    assert page.count("<svg") == 2
+    assert "this package, " in page
     assert "http" not in page
     assert {"fidelity.json", "fidelity.html"} <= {entry.name for entry in manifest_of(calibrated).files}
 
@@ -156,7 +161,7 @@ def test_package_that_diverges_too_much_is_not_built(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target-mb", "0.05"), "with 4 bits a weight, but the budget leaves"),
+        (("--target-mb", "0.05"), "with 4 bits a weight, but the budget is 0.05 MB"),
         (("--target-mb", "1", "--bits-per-weight", "5"), "name the same bound"),
         (("--max-slowdown", "10"), "needs a size to spend"),
         (("-q", "rtn", "--target-mb", "1"), "neither listens to calibration text nor keeps to a size"),
@@ -178,6 +183,23 @@ def test_own_calibration_text_that_is_too_short(
     text.write_text("Too little.")
     assert build(tiny_checkpoint, tmp_path / "package", "--calibration", str(text)) == 3
     assert "give more text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--target-mb", "--bits-per-weight", "--max-kl", "--max-slowdown"])
+@pytest.mark.parametrize("number", ["nan", "-1", "0", "inf", "much"])
+def test_bounds_are_positive_numbers(option: str, number: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build(tmp_path, tmp_path / "package", option, number)
+    assert caught.value.code == 2
+
+
+def test_text_that_fidelity_is_reported_on_is_no_calibration_text(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "leak.txt"
+    text.write_text("Something else.\n" * 400 + "\n".join(held_out_texts()))
+    assert build(tiny_checkpoint, tmp_path / "package", "--calibration", str(text)) == 3
+    assert "leak.txt: holds text that builds report their fidelity on" in capsys.readouterr().err
 
 
 def test_packages_are_compared_side_by_side(

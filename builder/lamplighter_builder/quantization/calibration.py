@@ -23,6 +23,9 @@ TokenArray = npt.NDArray[np.int64]
 WINDOW_TOKENS: Final = 256
 MIN_WINDOWS: Final = 4
 _SHUFFLE_SEED: Final = 0
+_TELLING_LENGTH: Final = 60
+"""Characters of a line that no other text has by chance."""
+
 _DIALOGUE: Final = "dialogue.txt"
 _DATE: Final = datetime.date(2026, 1, 1)
 """For chat formats that state the date: the same build makes the same bytes on any day."""
@@ -54,6 +57,27 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
                 f"{path}: cannot be read as UTF-8 text: {error}", hint="give plain text, encoded as UTF-8"
             ) from error
     return texts
+
+
+def held_out_texts() -> list[str]:
+    """Return the texts on which builds report their fidelity."""
+    folder = files("lamplighter_builder.quantization").joinpath("held_out")
+    return [entry.read_text(encoding="utf-8") for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)]
+
+
+def refuse_held_out(paths: Sequence[Path], texts: Sequence[str]) -> None:
+    """Refuse calibration texts that hold what fidelity is reported on: the report would tell nothing.
+
+    Raises:
+        ConfigError: If one does.
+    """
+    telling = [line for text in held_out_texts() for line in text.splitlines() if len(line) >= _TELLING_LENGTH]
+    for path, text in zip(paths, texts, strict=False):  # the builder's own have no path
+        if any(line in text for line in telling):
+            raise ConfigError(
+                f"{path}: holds text that builds report their fidelity on",
+                hint="calibrate on other text, and measure with lamplighter-builder evaluate --text",
+            )
 
 
 def render_dialogue(text: str, chat_format: ChatFormat | None) -> str:
