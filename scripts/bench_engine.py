@@ -36,12 +36,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one round of fewer tokens")
     parser.add_argument("--rounds", type=int, help="rounds (default: 3, or 1 with --quick)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every engine (default: 2)")
+    parser.add_argument("--prompt-weights", action="store_true", help="ours with engine.prompt_weights")
     parser.add_argument("--out", type=Path, default=WORK, help="where the results go (default: .work/bench/engine)")
     parser.add_argument("--soak", type=int, metavar="REQUESTS", help="serve this many mixed requests instead")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     say("models")
-    models = make_models(WORK / "models", arguments.threads)
+    models = make_models(WORK / "models", arguments.threads, prompt_weights=arguments.prompt_weights)
     if arguments.soak:
         from engine_bench.soak import soak
 
@@ -62,6 +63,7 @@ def main() -> None:
         "threads": arguments.threads,
         "rounds": count,
         "quick": arguments.quick,
+        "prompt_weights": arguments.prompt_weights,
         "load_average_before_and_after": [*START_LOAD, *os.getloadavg()],
         **versions(),
     }

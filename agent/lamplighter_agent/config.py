@@ -186,6 +186,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         slots: Requests generated at once.
         kv_cache_dtype: ``float32`` or ``int8``; None takes int8 only where float32 has no room for a good context.
         speculation: Guess tokens of a request that decodes alone from its text so far; the tokens are the same without.
+        prompt_weights: Compute prompts with weights of their own where that is faster and memory is left for them.
         prefix_cache_mb: Most memory for the beginnings of earlier prompts; 0 switches the prefix cache off.
         prefix_disk_mb: Most disk space for those that are kept over a restart; 0 keeps none.
         pinned_prompts: System prompts that are computed at the start and stay in the prefix cache.
@@ -199,6 +200,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     slots: Annotated[int, Meta(ge=1, le=64)] | None = None
     kv_cache_dtype: Literal["float32", "int8"] | None = None
     speculation: bool = True
+    prompt_weights: bool = False
     prefix_cache_mb: Annotated[int, Meta(ge=0)] | None = None
     prefix_disk_mb: Annotated[int, Meta(ge=0)] = 64
     pinned_prompts: Annotated[tuple[str, ...], Meta(max_length=64)] = ()

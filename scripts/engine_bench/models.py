@@ -36,8 +36,14 @@ def source_gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def make_models(directory: Path, threads: int) -> Models:
-    """Make what is missing; our package and its prepared copy are made anew every time, from the code as it is."""
+def make_models(directory: Path, threads: int, *, prompt_weights: bool = False) -> Models:
+    """Make what is missing; our package and its prepared copy are made anew every time, from the code as it is.
+
+    Args:
+        directory: Where they go.
+        threads: Threads of every engine.
+        prompt_weights: Prepare ours with weights for prompts, which it then uses.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     source = source_gguf()
     package, prepared = directory / "ours", directory / "prepared"
@@ -45,7 +51,8 @@ def make_models(directory: Path, threads: int) -> Models:
         shutil.rmtree(old, ignore_errors=True)
     build = ["lamplighter_builder", "build", "-m", str(source), "-o", str(package), "-p", "int4", "-e", "cpu"]
     _run(build)
-    _run(["lamplighter_agent.engine.prepare", str(package), str(prepared)])
+    flags = ["--prompts"] if prompt_weights else []
+    _run(["lamplighter_agent.engine.prepare", str(package), str(prepared), *flags])
     gguf = {"Q4_1": source}
     for name in ("Q4_0", "Q4_K_M"):
         gguf[name] = directory / f"{name}.gguf"

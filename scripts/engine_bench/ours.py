@@ -46,7 +46,8 @@ class Ours:
 
 def load(model: Path, threads: int, context_tokens: int) -> Ours:
     """Load the package ``model`` from the prepared copies beside it."""
-    options = EngineOptions(threads=threads, max_context_tokens=context_tokens)
+    # Weights for prompts are there if the copy was prepared with them.
+    options = EngineOptions(threads=threads, max_context_tokens=context_tokens, prompt_weights=True)
     engine = Engine.load(model, options=options, prepared_root=model.parent / "prepared")
     if not engine.prepared:
         raise SystemExit("the prepared copy was not used")

@@ -43,7 +43,7 @@ class BenchResult(msgspec.Struct, frozen=True, kw_only=True):
         first_token_s: From submission to the first token, prompt of 25 tokens.
         prefill_tokens_per_s: The engine, sampling of the first token included.
         decode_tokens_per_s: The engine, greedy, detokenized.
-        bare_prefill_tokens_per_s: The bare loop on the whole prompt at once.
+        bare_prefill_tokens_per_s: The bare loop on the whole prompt at once, with the weights for decoding.
         bare_decode_tokens_per_s: The bare loop, greedy.
         prefill_ratio: Engine to bare loop, run by run: what else the machine does weighs on both.
         decode_ratio: The same for decode.

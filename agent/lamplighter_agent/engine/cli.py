@@ -82,6 +82,7 @@ def add_engine_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--memory-budget-mb", type=int, help="most memory to plan for (default: what is there)")
     command.add_argument("--max-context-tokens", type=int, help="most tokens of prompt and answer")
     command.add_argument("--kv-cache-dtype", choices=("float32", "int8"), help="default: int8 where memory is small")
+    command.add_argument("--prompt-weights", action="store_true", help="weights of their own for prompts, if faster")
     command.add_argument("--threads", type=int, help="compute threads (default: the physical cores)")
     command.add_argument("--prepared", type=Path, help="directory of copies prepared for this CPU; made if missing")
 
@@ -102,6 +103,7 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
         max_context_tokens=arguments.max_context_tokens,
         kv_cache_dtype=arguments.kv_cache_dtype,
         threads=arguments.threads,
+        prompt_weights=arguments.prompt_weights,
     )
 
 
@@ -115,7 +117,7 @@ def prepared_root(arguments: argparse.Namespace) -> Path | None:
     if root is not None:
         from lamplighter_agent.engine.prepare import prepare
 
-        prepare(arguments.package, root)
+        prepare(arguments.package, root, prompts="faster" if arguments.prompt_weights else "none")
     return root
 
 

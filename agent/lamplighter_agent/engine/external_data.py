@@ -59,6 +59,25 @@ def align_external_data(model_path: Path, data_path: Path) -> int:
     return sum(region[0] != target for region, target in moves.items())
 
 
+def mapped_bytes(model_path: Path) -> int:
+    """Return the bytes of a saved model's weights that computing reads: packed where they are packed.
+
+    Raises:
+        PackageError: If the file is no ONNX model.
+        OSError: If it cannot be read.
+    """
+    total = 0
+
+    def note(entries: Entries) -> Entries:
+        nonlocal total
+        built, *packed = (length for _, length in _regions(entries))
+        total += sum(packed) if packed else built
+        return entries
+
+    _edit_model(memoryview(model_path.read_bytes()), note)
+    return total
+
+
 def _all_regions(model: memoryview) -> list[Region]:
     """Return every region that a serialized ``ModelProto`` names, in the order of the file."""
     regions: set[Region] = set()

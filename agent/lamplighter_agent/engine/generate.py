@@ -104,7 +104,7 @@ class Engine:
         self._prefix_files = prefix_files if plan.prefix_cache_bytes else None
         source = None if self._prefix_files is None else self._prefix_files.recall
         self.prefixes = PrefixCache(cache.spec, max_bytes=plan.prefix_cache_bytes, source=source)
-        self.runner = ModelRunner(opened.session, cache)
+        self.runner = ModelRunner(opened.session, cache, opened.prompts)
         vocab_size = min(manifest.model.vocab_size, tokenizer.vocab_size)
         self.scheduler = Scheduler(
             self.runner,

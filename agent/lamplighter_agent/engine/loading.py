@@ -9,12 +9,27 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from lamplighter_agent.engine.cache_graph import cache_scales
+from lamplighter_agent.engine.external_data import mapped_bytes
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
-from lamplighter_agent.engine.memory import MemoryPlan, physical_cores, plan_memory, read_machine_memory
+from lamplighter_agent.engine.memory import (
+    MemoryPlan,
+    physical_cores,
+    plan_memory,
+    read_machine_memory,
+    with_prompt_weights,
+)
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.prefix_files import PrefixFiles
-from lamplighter_agent.engine.prepare import check_prepared, damaged_file, prepared_directory, prepared_key
+from lamplighter_agent.engine.prepare import (
+    check_prepared,
+    damaged_file,
+    prepared_directory,
+    prepared_key,
+    prompts_directory,
+)
 from lamplighter_agent.engine.rotation import key_rotations
 from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
@@ -33,6 +48,7 @@ class OpenedPackage(NamedTuple):
         manifest: The package's manifest.
         tokenizer: Its tokenizer.
         session: Its model.
+        prompts: The same model as it computes prompts faster; None: ``session`` computes them.
         plan: How memory is to be used.
         threads: Compute threads.
         prepared: True if the weights come from a prepared copy.
@@ -41,6 +57,7 @@ class OpenedPackage(NamedTuple):
     manifest: Manifest
     tokenizer: PackageTokenizer
     session: ModelSession
+    prompts: ModelSession | None
     plan: MemoryPlan
     threads: int
     prepared: bool
@@ -66,7 +83,8 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
     threads = options.threads or physical_cores()
     open_model = partial(ModelSession, manifest=manifest, threads=threads, cache=cache_spec(manifest, plan))
     copy = None if prepared_root is None else _find_copy(package, prepared_root)
-    with ThreadPoolExecutor(1, "open-model") as executor:
+    prompts_copy, plan = _find_prompts(package, copy, plan) if copy and options.prompt_weights else (None, plan)
+    with ThreadPoolExecutor(2, "open-model") as executor:
         # onnxruntime packs weights for most of the time and lets other threads run; the tokenizer's parser does not, so
         # it comes last.
         opening: Future[ModelSession | None]
@@ -74,16 +92,19 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
             opening = executor.submit(_open_built, package, open_model)
         else:
             opening = executor.submit(_open_copy, copy, open_model)
+        opening_prompts = executor.submit(_open_prompts, prompts_copy, open_model)
         damaged = None if copy is None else damaged_file(copy)
         tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
-        session = opening.result()
+        session, prompts = opening.result(), opening_prompts.result()
     if damaged is not None:
         logger.warning("the package is loaded as built: %s in %s is damaged", damaged, copy)
         session = None
     prepared = copy is not None and session is not None
+    if prompts is None or not prepared:
+        prompts, plan = None, msgspec.structs.replace(plan, prompt_weights_bytes=0)
     if session is None:
         session = _open_built(package, open_model)
-    return OpenedPackage(manifest, tokenizer, session, plan, threads, prepared)
+    return OpenedPackage(manifest, tokenizer, session, prompts, plan, threads, prepared)
 
 
 def check_target(manifest: Manifest) -> None:
@@ -139,7 +160,7 @@ def open_prefix_files(package: Path, root: Path, manifest: Manifest, plan: Memor
     key, spec = prepared_key(package), cache_spec(manifest, plan)
     return PrefixFiles(
         root,
-        f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec}",
+        f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec} {plan.prompt_weights_bytes > 0}",
         spec,
         vocab_size=manifest.model.vocab_size,
         max_bytes=max_bytes,
@@ -157,6 +178,18 @@ def _find_copy(package: Path, root: Path) -> Path | None:
     return directory
 
 
+def _find_prompts(package: Path, copy: Path, plan: MemoryPlan) -> tuple[Path | None, MemoryPlan]:
+    """Return the directory of a copy's model for prompts, and the plan with it; None if there is none, or no room."""
+    directory = prompts_directory(copy, prepared_key(package))
+    if directory is None:
+        return None, plan
+    try:
+        plan = with_prompt_weights(plan, mapped_bytes(directory / MODEL_NAME))
+    except (PackageError, OSError) as error:
+        logger.warning("prompts are computed with the weights for decoding: %s", error)
+    return directory if plan.prompt_weights_bytes else None, plan
+
+
 def _open_copy(directory: Path, open_model: Callable[[Path], ModelSession]) -> ModelSession | None:
     """Open a prepared copy, on which nothing may run before its checksums agree; None if it does not open."""
     try:
@@ -164,6 +197,22 @@ def _open_copy(directory: Path, open_model: Callable[[Path], ModelSession]) -> M
     except (PackageError, EngineError) as error:
         logger.warning("the package is loaded as built: the prepared copy does not open: %s", error.message)
         return None
+
+
+def _open_prompts(directory: Path | None, open_model: Callable[[Path], ModelSession]) -> ModelSession | None:
+    """Open a copy's model for prompts and check it; None, with the reason logged, if it cannot be used."""
+    if directory is None:
+        return None
+    try:
+        session = open_model(directory / MODEL_NAME)
+    except (PackageError, EngineError) as error:
+        logger.warning("prompts are computed with the weights for decoding: %s", error.message)
+        return None
+    damaged = damaged_file(directory)
+    if damaged is not None:
+        logger.warning("prompts are computed with the weights for decoding: %s in %s is damaged", damaged, directory)
+        return None
+    return session
 
 
 def _open_built(package: Path, open_model: Callable[[Path], ModelSession]) -> ModelSession:

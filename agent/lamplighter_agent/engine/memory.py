@@ -78,6 +78,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         prefill_chunk_tokens: Prompt tokens computed at once.
         kv_window_bytes: What windowed layers hold at most, all slots together, if their buffers are smaller than the
             context (``windows``); ``kv_bytes_per_token`` is then that of the other layers. 0 if they are not.
+        prompt_weights_bytes: The weights once more, as prompts are computed fastest (``prompt_copy``); 0 without.
     """
 
     budget_bytes: int
@@ -93,6 +94,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_bytes: int = 0
     kv_cache_dtype: CacheDtype = "float32"
     kv_window_bytes: int = 0
+    prompt_weights_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -102,7 +104,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total_bytes(self) -> int:
         """Most that the engine will hold, headroom not counted."""
-        return self.runtime_bytes + self.weights_bytes + self.scratch_bytes + self.kv_bytes + self.prefix_cache_bytes
+        weights_bytes = self.weights_bytes + self.prompt_weights_bytes
+        return self.runtime_bytes + weights_bytes + self.scratch_bytes + self.kv_bytes + self.prefix_cache_bytes
 
 
 def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptions) -> MemoryPlan:
@@ -155,6 +158,16 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
         prefix_cache_bytes=cache.prefix_bytes,
         kv_window_bytes=cache.window_bytes,
     )
+
+
+def with_prompt_weights(plan: MemoryPlan, weights_bytes: int) -> MemoryPlan:
+    """Return the plan with weights for prompts beside those for decoding, if the budget holds them as well.
+
+    They take nothing away from the caches: a longer context is worth more than a faster prompt.
+    """
+    if plan.total_bytes + plan.headroom_bytes + weights_bytes > plan.budget_bytes:
+        return plan
+    return msgspec.structs.replace(plan, prompt_weights_bytes=weights_bytes)
 
 
 def read_machine_memory(root: Path = Path("/")) -> MachineMemory:

@@ -26,6 +26,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         prefill_chunk_tokens: Prompt tokens computed at once; bounds how long other requests wait for a token.
         max_queued_requests: Requests waiting for a slot; more are refused as busy.
         speculation: Guess tokens of a request that decodes alone from its text so far; the tokens are the same without.
+        prompt_weights: Compute prompts with weights of their own, where the prepared copy has them (they are faster)
+            and the budget holds them beside everything else.
         kv_cache_dtype: ``float32`` or ``int8``; None: int8 only where float32 has no room for a good context.
         prefix_cache_bytes: Most bytes of the prefix cache; 0 switches it off; None: a share of what is free.
         prefix_disk_bytes: Most bytes of the prefixes that are kept on disk over a restart; 0 keeps none.
@@ -39,6 +41,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill_chunk_tokens: int = 128
     max_queued_requests: int = MAX_QUEUED_REQUESTS
     speculation: bool = True
+    prompt_weights: bool = False
     kv_cache_dtype: Literal["float32", "int8"] | None = None
     prefix_cache_bytes: int | None = None
     prefix_disk_bytes: int = DEFAULT_PREFIX_DISK_BYTES

@@ -6,12 +6,16 @@ agree is not used; the engine then loads the package as built. The checksums are
 load: CRC-32 takes a third of the time of SHA-256, which would not keep out who can write the record as well.
 ``python -m lamplighter_agent.engine.prepare PACKAGE ROOT`` makes one in a process of its own, whose
 memory the system gets back.
+
+``prompts/`` in it is a copy of the same kind that computes prompts faster (``prompt_copy``): made if it was asked for
+(``--prompts``) and is faster on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -19,7 +23,7 @@ import shutil
 import sys
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -27,6 +31,7 @@ import numpy as np
 from lamplighter_agent.engine.external_data import align_external_data
 from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
 from lamplighter_agent.engine.memory import physical_cores
+from lamplighter_agent.engine.prompt_copy import PROMPTS_NAME, pays, write_prompt_copy
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.session import (
     FloatArray,
@@ -39,14 +44,21 @@ from lamplighter_agent.errors import DiskFullError, EngineError, LamplighterErro
 from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import Manifest, decode_manifest, read_manifest, read_manifest_bytes
 
+logger = logging.getLogger(__name__)
+
+Prompts: TypeAlias = Literal["none", "faster", "always"]
+
 PREPARED_NAME: Final = "prepared.json"
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Raised when session options change what a copy holds, or the record changes."""
 
 _PIECE_BYTES: Final = 4 * 1024 * 1024
 
 _DISK_FACTOR: Final = 3
 """A copy holds the weights as built and as packed: 2.3 times the package's in measurement."""
+
+_PROMPTS_DISK_FACTOR: Final = 3
+"""So does that for prompts: 2 times; it is left out where the disk is short of it."""
 
 _PROBE_TOKENS: Final = 32
 
@@ -72,10 +84,17 @@ class PreparedFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PreparedRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Content of ``prepared.json``."""
+    """Content of ``prepared.json``.
+
+    Attributes:
+        key: What the copy was made from and for.
+        files: What it consists of.
+        prompts: True if a model for prompts was asked for; it is not there if it did not pay.
+    """
 
     key: PreparedKey
     files: tuple[PreparedFile, ...]
+    prompts: bool = False
 
 
 def prepared_key(package: Path, *, cpu: str | None = None, onnxruntime: str | None = None) -> PreparedKey:
@@ -147,7 +166,19 @@ def damaged_file(directory: Path) -> str | None:
     return None
 
 
-def prepare(package: Path, root: Path, *, key: PreparedKey | None = None) -> Path:
+def prompts_directory(directory: Path, key: PreparedKey) -> Path | None:
+    """Return where a copy's model for prompts lies; None if there is none, or it cannot be used."""
+    prompts = directory / PROMPTS_NAME
+    if not prompts.is_dir():
+        return None
+    reason = check_prepared(prompts, key)
+    if reason is not None:
+        logger.warning("prompts are computed with the weights for decoding: %s", reason)
+        return None
+    return prompts
+
+
+def prepare(package: Path, root: Path, *, key: PreparedKey | None = None, prompts: Prompts = "none") -> Path:
     """Make the copy of a package for this machine unless a good one is there; remove copies of it with other keys.
 
     Safe to interrupt and run again: the copy appears under its name only when it is whole and on disk.
@@ -156,6 +187,7 @@ def prepare(package: Path, root: Path, *, key: PreparedKey | None = None) -> Pat
         package: The package directory.
         root: Directory of the copies; made if missing.
         key: The key to use; None: this machine's.
+        prompts: Whether to add a model for prompts, if the package can have one; ``faster``: if it pays here.
 
     Returns:
         The copy's directory.
@@ -171,14 +203,14 @@ def prepare(package: Path, root: Path, *, key: PreparedKey | None = None) -> Pat
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_stale(root, key, keep=directory)
-        if check_prepared(directory, key) is None and damaged_file(directory) is None:
+        if _is_good(directory, key, prompts != "none"):
             return directory
         _check_space(package, root)
         temporary = root / f".{directory.name}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            _write_copy(package, temporary, key)
+            _write_copy(package, temporary, key, prompts)
             _replace_directory(temporary, directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -192,9 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lamplighter_agent.engine.prepare", description=__doc__.partition("\n")[0])
     parser.add_argument("package", type=Path, help="package directory")
     parser.add_argument("root", type=Path, help="directory of the prepared copies")
+    parser.add_argument("--prompts", action="store_true", help="add weights for prompts if they are faster here")
     options = parser.parse_args(arguments)
     try:
-        directory = prepare(options.package, options.root)
+        directory = prepare(options.package, options.root, prompts="faster" if options.prompts else "none")
     except LamplighterError as error:
         sys.stderr.write(f"error: {error.diagnostics()}\n")
         return error.exit_code
@@ -209,18 +242,48 @@ def _read_record(directory: Path) -> PreparedRecord | None:
         return None
 
 
-def _write_copy(package: Path, directory: Path, key: PreparedKey) -> None:
+def _is_good(directory: Path, key: PreparedKey, prompts: bool) -> bool:
+    """Read a copy through; return whether nothing is wrong or missing, its model for prompts included."""
+    record = _read_record(directory)
+    if record is None or (prompts and not record.prompts):
+        return False
+    copies = [directory, *([directory / PROMPTS_NAME] if (directory / PROMPTS_NAME).is_dir() else [])]
+    return all(check_prepared(copy, key) is None and damaged_file(copy) is None for copy in copies)
+
+
+def _write_copy(package: Path, directory: Path, key: PreparedKey, prompts: Prompts) -> None:
     check_operators(package / MODEL_NAME)
     save_prepacked(package / MODEL_NAME, directory, threads=physical_cores())
     align_external_data(directory / MODEL_NAME, directory / WEIGHTS_NAME)
     _check_same(package, directory)
+    if prompts != "none":
+        _add_prompts(package, directory, key, keep=prompts == "always")
+    _write_record(directory, key, prompts=prompts != "none")
+
+
+def _add_prompts(package: Path, directory: Path, key: PreparedKey, *, keep: bool) -> None:
+    """Add the model for prompts to a copy that was just made, if it pays here or is to be kept anyway."""
+    if shutil.disk_usage(directory).free < _PROMPTS_DISK_FACTOR * (package / WEIGHTS_NAME).stat().st_size:
+        logger.warning("%s has no room for weights that compute prompts faster", directory)
+        return
+    prompts = directory / PROMPTS_NAME
+    if not write_prompt_copy(package, prompts, threads=physical_cores()):
+        return
+    if keep or pays(directory, read_manifest(package), threads=physical_cores()):
+        _write_record(prompts, key)
+    else:
+        shutil.rmtree(prompts)
+
+
+def _write_record(directory: Path, key: PreparedKey, *, prompts: bool = False) -> None:
+    """Write the checksums of a finished copy beside it, and all of it to the disk."""
     files = []
     for name in (MODEL_NAME, WEIGHTS_NAME):
         path = directory / name
         files.append(PreparedFile(name=name, length=path.stat().st_size, crc32=_crc32(path)))
         _sync(path)
     record = directory / PREPARED_NAME
-    record.write_bytes(msgspec.json.encode(PreparedRecord(key=key, files=tuple(files))))
+    record.write_bytes(msgspec.json.encode(PreparedRecord(key=key, files=tuple(files), prompts=prompts)))
     _sync(record)
     _sync(directory)
 

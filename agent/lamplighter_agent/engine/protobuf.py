@@ -21,11 +21,13 @@ class Field(NamedTuple):
         number: Field number.
         content: Bytes of a length-delimited field (string, bytes, message); None for numbers.
         raw: The whole field as it is on the wire.
+        value: A variable-length number, read as unsigned; None for the others.
     """
 
     number: int
     content: memoryview | None
     raw: memoryview
+    value: int | None = None
 
 
 def read_fields(message: memoryview) -> Iterator[Field]:
@@ -39,9 +41,9 @@ def read_fields(message: memoryview) -> Iterator[Field]:
         begin = position
         tag, position = _read_varint(message, position)
         number, wire = tag >> 3, tag & 7
-        content = None
+        content, value = None, None
         if wire == _VARINT:
-            _, position = _read_varint(message, position)
+            value, position = _read_varint(message, position)
         elif wire == _BYTES:
             length, position = _read_varint(message, position)
             content = message[position : position + length]
@@ -52,7 +54,7 @@ def read_fields(message: memoryview) -> Iterator[Field]:
             raise PackageError("the model file is not an ONNX model: unknown wire type")
         if position > len(message):
             raise PackageError("the model file is cut off")
-        yield Field(number, content, message[begin:position])
+        yield Field(number, content, message[begin:position], value)
 
 
 def encode_bytes(number: int, content: bytes) -> bytes:

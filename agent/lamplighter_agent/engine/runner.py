@@ -39,12 +39,15 @@ class ModelRunner:
     Args:
         session: The open model.
         cache: The cache that it reads and writes; offsets are advanced here.
+        prompts: The same model as it computes several tokens of a prompt fastest (``prompt_graph``); None: ``session``.
+            Every piece of a prompt but a single token goes through it, so that it does not matter how one was cut.
     """
 
-    def __init__(self, session: ModelSession, cache: KVCache) -> None:
+    def __init__(self, session: ModelSession, cache: KVCache, prompts: ModelSession | None = None) -> None:
         self._session = session
+        self._prompts = session if prompts is None else prompts
         self.cache = cache
-        self._prefill_bindings: dict[int, Binding] = {}
+        self._prefill_bindings: dict[tuple[int, bool], Binding] = {}
         self._ones: IntArray = np.ones((1, cache.capacity), dtype=np.int64)
         self._positions: IntArray = np.arange(cache.capacity, dtype=np.int64).reshape(1, -1)
         self._decode = _Step(session, cache.buffers, cache.capacity)
@@ -90,7 +93,7 @@ class ModelRunner:
         assert self.hidden_size is not None
         hidden: FloatArray = np.empty((1, len(tokens), self.hidden_size), dtype=np.float32)
         # A binding of its own: an output cannot be unbound again.
-        binding = self._session.bind(tuple(buffer[slot : slot + 1] for buffer in self.cache.buffers))
+        binding = self._bind_slot(slot, tokens)
         binding.set_hidden_states(hidden)
         self._run_prefill(binding, slot, tokens, len(tokens) - 1)
         rows: FloatArray = hidden[0]
@@ -98,11 +101,15 @@ class ModelRunner:
 
     def _prefill(self, slot: int, tokens: list[int], start: int) -> FloatArray:
         """Append tokens and return at least the logits behind those from ``start`` on."""
-        binding = self._prefill_bindings.get(slot)
+        case = slot, len(tokens) > 1
+        binding = self._prefill_bindings.get(case)
         if binding is None:
-            rows = tuple(buffer[slot : slot + 1] for buffer in self.cache.buffers)
-            binding = self._prefill_bindings[slot] = self._session.bind(rows)
+            binding = self._prefill_bindings[case] = self._bind_slot(slot, tokens)
         return self._run_prefill(binding, slot, tokens, start)
+
+    def _bind_slot(self, slot: int, tokens: list[int]) -> Binding:
+        session = self._prompts if len(tokens) > 1 else self._session
+        return session.bind(tuple(buffer[slot : slot + 1] for buffer in self.cache.buffers))
 
     def _run_prefill(self, binding: Binding, slot: int, tokens: list[int], start: int) -> FloatArray:
         count, past = len(tokens), self.cache.offset(slot)

@@ -29,6 +29,9 @@ SPIN_DURATION_US: Final = 200
 _MIN_EXTERNAL_BYTES: Final = 1024
 """Smaller tensors stay in the graph file, where a mapping would waste a page each."""
 
+_WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+"""Where the weights of a graph lie that is not read from a file."""
+
 IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float32]
 
@@ -196,13 +199,14 @@ def check_operators(model_path: Path) -> None:
         )
 
 
-def save_prepacked(model_path: Path, directory: Path, *, threads: int) -> None:
+def save_prepacked(model_path: Path, directory: Path, *, threads: int, edited: bytes | None = None) -> None:
     """Write a copy of a model whose weights are packed for this CPU, so that loading maps them instead of packing.
 
     Args:
         model_path: ``model.onnx`` of a package whose operators were checked.
         directory: Existing directory, which gets ``model.onnx`` and ``model.onnx.data``.
         threads: Compute threads.
+        edited: Another graph on the same weights, to be copied instead; None: the one at ``model_path``.
 
     Raises:
         PackageError: If onnxruntime cannot read the model.
@@ -217,7 +221,9 @@ def save_prepacked(model_path: Path, directory: Path, *, threads: int) -> None:
         ("session.optimized_model_external_initializers_min_size_in_bytes", str(_MIN_EXTERNAL_BYTES)),
     ):
         options.add_session_config_entry(key, value)
-    _open(model_path, options)
+    if edited is not None:
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(model_path.parent))
+    _open(model_path, options, edited)
     if not (directory / MODEL_NAME).is_file() or not (directory / WEIGHTS_NAME).is_file():
         raise EngineError(f"onnxruntime {ort.__version__} wrote no prepacked copy of {model_path} into {directory}")
 
@@ -233,7 +239,7 @@ def _with_cache(model_path: Path, manifest: Manifest, cache: CacheSpec, options:
         model = model_path.read_bytes()
     except OSError as error:
         raise PackageError(f"{model_path}: cannot read the model: {error}") from error
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model_path.parent))
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(model_path.parent))
     windowed = () if cache.windowed is None else cache.windowed.layers
     return with_cache(memoryview(model), cache.layers, scales=scales, windowed=windowed)
 

@@ -52,6 +52,7 @@ def engine_options(config: EngineConfig) -> EngineOptions:
         threads=config.threads,
         kv_cache_dtype=config.kv_cache_dtype,
         speculation=config.speculation,
+        prompt_weights=config.prompt_weights,
         prefix_cache_bytes=None if config.prefix_cache_mb is None else config.prefix_cache_mb * MIB,
         prefix_disk_bytes=config.prefix_disk_mb * MIB,
         pinned_prompts=config.pinned_prompts,

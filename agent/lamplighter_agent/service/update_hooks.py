@@ -38,13 +38,23 @@ class ServiceHooks:
         runner: Tries and switches packages.
         prepare_module: Run as ``python -m MODULE PACKAGE ROOT`` to make the copy for this CPU.
         prepare_timeout_s: Longest time for that.
+        prompt_weights: Let the copy have weights for prompts.
     """
 
-    def __init__(self, store: Store, runner: PackageRunner, *, prepare_module: str, prepare_timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        runner: PackageRunner,
+        *,
+        prepare_module: str,
+        prepare_timeout_s: float,
+        prompt_weights: bool = False,
+    ) -> None:
         self._store = store
         self._runner = runner
         self._prepare_module = prepare_module
         self._prepare_timeout_s = prepare_timeout_s
+        self._prompt_weights = prompt_weights
         self._loop = asyncio.get_running_loop()
 
     def prepare(self, package: Path, manifest: Manifest, interrupt: Interrupt) -> None:
@@ -63,6 +73,8 @@ class ServiceHooks:
 
     def _prepare(self, package: Path, manifest: Manifest, interrupt: Interrupt) -> None:
         command = [sys.executable, "-m", self._prepare_module, str(package), str(self._store.prepared_dir)]
+        if self._prompt_weights:
+            command.append("--prompts")
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         ) as process:

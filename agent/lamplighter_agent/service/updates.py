@@ -100,6 +100,7 @@ class UpdateService:
             self._runner,
             prepare_module=self._prepare_module,
             prepare_timeout_s=self._config.engine.start_timeout_s,
+            prompt_weights=self._config.engine.prompt_weights,
         )
         hooks = UpdateHooks(
             prepare=service.prepare, trial=service.trial, activate=service.activate, report=self._report_from_thread

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -9,8 +10,10 @@ from collections import namedtuple
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
+from lamplighter_agent.engine.external_data import mapped_bytes
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
@@ -25,10 +28,14 @@ from lamplighter_agent.engine.prepare import (
     prepared_directory,
     prepared_key,
 )
+from lamplighter_agent.engine.prompt_copy import PROMPTS_NAME, pays
 from lamplighter_agent.errors import DiskFullError, ManifestError, StoreError
 from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
+from lamplighter_agent.package.manifest import read_manifest
+from support.tiny_model import build_tiny_package, write_tiny_checkpoint
 
 OPTIONS = EngineOptions(max_context_tokens=128, slots=1, threads=1)
+PROMPT_WEIGHTS = msgspec.structs.replace(OPTIONS, prompt_weights=True)
 GREEDY = GenerationParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 PROMPT = list(range(3, 40))
 
@@ -178,3 +185,86 @@ def test_the_command_fails_with_the_errors_exit_code(
 ) -> None:
     assert main([str(tmp_path), str(root)]) == ManifestError.exit_code
     assert "manifest.json" in capsys.readouterr().err
+
+
+def test_prompts_have_weights_of_their_own_where_they_are_wanted(tiny_package: Path, root: Path) -> None:
+    prepare(tiny_package, root)
+    assert Engine.load(tiny_package, options=PROMPT_WEIGHTS, prepared_root=root).plan.prompt_weights_bytes == 0
+    directory = prepare(tiny_package, root, prompts="always")
+    plain, own = (
+        Engine.load(tiny_package, options=options, prepared_root=root) for options in (OPTIONS, PROMPT_WEIGHTS)
+    )
+    assert plain.plan.prompt_weights_bytes == 0
+    assert own.plan.prompt_weights_bytes == mapped_bytes(directory / PROMPTS_NAME / MODEL_NAME)
+    expected, found = (engine.runner.prefill(0, PROMPT) for engine in (plain, own))
+    assert not np.array_equal(found, expected)
+    # The same weights: the difference is the rounding of activations to 8 bits.
+    assert np.corrcoef(found, expected)[0, 1] > 0.99
+    # A single token, and so every decode step, has the same bits.
+    for engine in (plain, own):
+        engine.runner.cache.release(0)
+    assert np.array_equal(own.runner.prefill(0, PROMPT[:1]), plain.runner.prefill(0, PROMPT[:1]))
+
+
+@pytest.mark.parametrize("chunk", [2, 7, 16])
+def test_with_weights_for_prompts_a_prompt_in_chunks_has_the_bits_of_the_whole(
+    tiny_package: Path, root: Path, chunk: int
+) -> None:
+    prepare(tiny_package, root, prompts="always")
+    runner = Engine.load(tiny_package, options=PROMPT_WEIGHTS, prepared_root=root).runner
+    whole = runner.prefill(0, PROMPT[:32])
+    runner.cache.release(0)
+    for start in range(0, 32 - chunk, chunk):
+        runner.prefill(0, PROMPT[start : start + chunk])
+    assert np.array_equal(runner.prefill(0, PROMPT[runner.cache.offset(0) : 32]), whole)
+
+
+def test_without_room_for_them_prompts_use_the_weights_for_decoding(
+    tiny_package: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tiny_package, root, prompts="always")
+    monkeypatch.setattr("lamplighter_agent.engine.loading.mapped_bytes", lambda path: 1 << 50)
+    engine = Engine.load(tiny_package, options=PROMPT_WEIGHTS, prepared_root=root)
+    expected = Engine.load(tiny_package, options=OPTIONS, prepared_root=root)
+    assert engine.plan.prompt_weights_bytes == 0
+    assert tokens(engine) == tokens(expected)
+
+
+def test_damaged_weights_for_prompts_are_not_used_and_made_anew(
+    tiny_package: Path, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = prepare(tiny_package, root, prompts="always")
+    flip(directory / PROMPTS_NAME / WEIGHTS_NAME)
+    with caplog.at_level(logging.WARNING):
+        engine = Engine.load(tiny_package, options=PROMPT_WEIGHTS, prepared_root=root)
+    assert engine.prepared
+    assert engine.plan.prompt_weights_bytes == 0
+    assert f"{WEIGHTS_NAME} in {directory / PROMPTS_NAME} is damaged" in caplog.text
+    prepare(tiny_package, root, prompts="always")
+    assert damaged_file(directory / PROMPTS_NAME) is None
+
+
+def test_weights_for_prompts_that_do_not_pay_are_dropped_and_not_tried_again(
+    tiny_package: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamplighter_agent.engine.prepare.pays", lambda copy, manifest, *, threads: False)
+    directory = prepare(tiny_package, root, prompts="faster")
+    assert not (directory / PROMPTS_NAME).exists()
+    before = (directory / WEIGHTS_NAME).stat()
+    assert (prepare(tiny_package, root, prompts="faster") / WEIGHTS_NAME).stat().st_ino == before.st_ino
+
+
+@pytest.mark.parametrize(("name", "faster"), [("prompts", True), ("plain", False)])
+def test_the_faster_model_computes_prompts(
+    tiny_package: Path, root: Path, monkeypatch: pytest.MonkeyPatch, name: str, faster: bool
+) -> None:
+    directory = prepare(tiny_package, root, prompts="always")
+    seconds = {"plain": 0.2, "prompts": 0.2} | {name: 0.1}
+    turns = itertools.cycle(seconds.values())  # plain, prompts, plain, …
+    monkeypatch.setattr("lamplighter_agent.engine.prompt_copy._timed", lambda runner, prompt: next(turns))
+    assert pays(directory, read_manifest(tiny_package), threads=1) is faster
+
+
+def test_a_full_precision_package_has_no_weights_for_prompts(tmp_path: Path, root: Path) -> None:
+    package = build_tiny_package(write_tiny_checkpoint(tmp_path / "checkpoint"), tmp_path / "package", precision="fp32")
+    assert not (prepare(package, root, prompts="always") / PROMPTS_NAME).exists()
