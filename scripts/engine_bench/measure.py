@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from engine_bench.workload import Workload, read_workload
 
@@ -34,6 +34,14 @@ class Engine(Protocol):
         """Generate behind all prompts at once; return the tokens a second in total once all of them decode."""
 
 
+@runtime_checkable
+class WithSamplers(Protocol):
+    """An engine that guesses tokens, and tells what its samplers cost: ours."""
+
+    def sampler_costs(self, prompts: list[list[int]]) -> dict[str, float]:
+        """Return what a draw costs behind the prompts, by the kind of options."""
+
+
 def main(arguments: list[str]) -> None:
     """Measure and print."""
     name, model, workload_path, threads, kind = arguments
@@ -41,7 +49,7 @@ def main(arguments: list[str]) -> None:
     workload = read_workload(Path(workload_path))
     begun = time.perf_counter()
     engine: Engine = module.load(Path(model), int(threads), CONTEXT_TOKENS)
-    figures = _memory(engine, workload, begun) if kind == "memory" else _speed(engine, workload, name)
+    figures = _memory(engine, workload, begun) if kind == "memory" else _speed(engine, workload)
     print(json.dumps(figures), flush=True)
 
 
@@ -65,7 +73,7 @@ def _peak_rss_bytes() -> int:
     return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[1]) * KIB
 
 
-def _speed(engine: Engine, workload: Workload, name: str) -> dict[str, float]:
+def _speed(engine: Engine, workload: Workload) -> dict[str, float]:
     _timed(engine, workload.chat, 8)
     figures = {"decode_tokens_per_s": _rate(_timed(engine, workload.chat, workload.decode_tokens)[1])}
     start, marks = _timed(engine, workload.prefix, 1)
@@ -76,12 +84,13 @@ def _speed(engine: Engine, workload: Workload, name: str) -> dict[str, float]:
     figures["second_first_token_s"] = marks[0] - start
     figures["streams_tokens_per_s"] = engine.together(workload.streams, workload.stream_tokens)
     figures["copy_plain_tokens_per_s"] = _copies(engine, workload, speculate=False)
-    if name == "ours":
+    if isinstance(engine, WithSamplers):
         _timed(engine, workload.copies[0], 48, speculate=True)  # the first drafts are compared, and slow
         figures["copy_tokens_per_s"] = _copies(engine, workload, speculate=True)
         figures["prose_speculative_tokens_per_s"] = _rate(
             _timed(engine, workload.chat, workload.decode_tokens, speculate=True)[1]
         )
+        figures |= engine.sampler_costs([workload.copies[0], workload.chat])
     return figures
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from engine_bench.samplers import sampler_costs
 from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
@@ -42,6 +44,15 @@ class Ours:
         while not scheduler.idle:
             scheduler.step()
         return (len(marks) - 1) / (marks[-1] - marks[0])
+
+    def sampler_costs(self, prompts: list[list[int]]) -> dict[str, float]:
+        """Return what a draw costs behind the prompts, by the kind of options."""
+        runner, intake, rows = self._engine.runner, self._engine.scheduler.intake, []
+        for prompt in prompts:
+            rows.append(runner.prefill(0, prompt)[: intake.vocab_size])
+            runner.cache.release(0)
+        make_sampler = partial(intake.live_sampler, limit=len(prompts[0]))
+        return sampler_costs(make_sampler, rows, prompts[0])
 
 
 def load(model: Path, threads: int, context_tokens: int) -> Ours:

@@ -6,6 +6,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_bench.samplers import PREFIX
+
 Rounds = list[dict[str, dict[str, float]]]
 """For each round, for each engine, its figures."""
 
@@ -72,9 +74,20 @@ def table(rounds: Rounds, conditions: dict[str, object]) -> str:
         one["ours"]["prose_speculative_tokens_per_s"] / one["ours"]["decode_tokens_per_s"] for one in rounds
     )
     gain = f"copy-heavy {drafted:.0f} against {plain:.0f} tokens/s without ({drafted / plain:.2f} times)"
-    lines += ["", f"Speculation: {gain}; on prose {prose:.2f} times.", ""]
+    lines += ["", f"Speculation: {gain}; on prose {prose:.2f} times.", "", _sampler_costs(rounds), ""]
     lines += [f"- {name}: {value}" for name, value in conditions.items()]
     return "\n".join(lines) + "\n"
+
+
+def _sampler_costs(rounds: Rounds) -> str:
+    """Return a sentence with the medians of what a draw costs."""
+    costs = {
+        name.removeprefix(PREFIX): statistics.median(one["ours"][name] for one in rounds)
+        for name in rounds[0]["ours"]
+        if name.startswith(PREFIX)
+    }
+    listed = ", ".join(f"{name} {microseconds:.0f}" for name, microseconds in costs.items())
+    return f"Choosing a token, us in Python and numpy: {listed}."
 
 
 def draw_engines(rounds: Rounds, directory: Path) -> None:
