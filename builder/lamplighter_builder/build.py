@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Final, overload
 
 import numpy as np
 import onnx
@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from lamplighter_agent.errors import (
     BuildError,
     CheckpointError,
-    UnsupportedModelError,
     WeightMismatchError,
 )
 from lamplighter_agent.package.chat_format import ChatFormat
@@ -36,7 +35,6 @@ from lamplighter_builder.drafts import Drafts, count_parameters, finish_graph
 from lamplighter_builder.evaluation import Reference, check_fidelity, evaluation_windows, write_report
 from lamplighter_builder.examination import Examination, OpenReference, Subject, examine
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
-from lamplighter_builder.generation import Answer
 from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
 from lamplighter_builder.graph_check import check_graph
 from lamplighter_builder.licence import spdx_licence
@@ -181,23 +179,11 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
 def reference_opener(
     checkpoint: Checkpoint, tokenizer: Tokenizer, options: BuildOptions, progress: Progress
 ) -> OpenReference | None:
-    """Return what runs the reference of the fidelity report; None without a report.
-
-    An architecture that cannot be run layer by layer is built without one, unless ``max_kl`` depends on it.
-    """
+    """Return what runs the reference of the fidelity report; None without a report."""
     if not options.measure_fidelity:
         return None
     windows = evaluation_windows(tokenizer, None)
-
-    def open_reference(answers: Sequence[Answer]) -> Reference | None:
-        try:
-            return Reference(checkpoint, windows, answers, progress)
-        except UnsupportedModelError:
-            if options.max_kl is not None:
-                raise
-            return None
-
-    return open_reference
+    return lambda answers: Reference(checkpoint, windows, answers, progress)
 
 
 def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
@@ -290,7 +276,29 @@ def _make_arrays(weight: Weight, checkpoint: WeightSource) -> Sequence[Array]:
         arrays = weight.repack(stored) if len(stored) == len(weight.sources) else None
         if arrays is not None:
             return arrays
-    return weight.convert([_read_finite(checkpoint, source.name) for source in weight.sources])
+    return weight.convert(_Sources(weight, checkpoint))
+
+
+class _Sources(Sequence[FloatArray]):
+    """A weight's sources, read as they are asked for: what a recipe takes one by one is never held together."""
+
+    def __init__(self, weight: Weight, checkpoint: WeightSource) -> None:
+        self._names = [source.name for source in weight.sources]
+        self._checkpoint = checkpoint
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> FloatArray: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[FloatArray]: ...
+
+    def __getitem__(self, index: int | slice) -> FloatArray | list[FloatArray]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return _read_finite(self._checkpoint, self._names[index])
 
 
 def _stored_matrix(checkpoint: WeightSource, name: str) -> QuantizedMatrix | None:

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
+from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.manifest import ModelFacts
 from lamplighter_builder.budget import Budget, check_reach, fit_formats, scheme_of, size_curve
@@ -195,8 +196,10 @@ class Calibrator:
 
         Raises:
             ConfigError: If the bound is below what four bits a weight need.
+            UnsupportedModelError: If a matrix is no linear layer of its own, as the experts of a mixture.
         """
         matrices = packed_matrices(graph)
+        self._check_heard(matrices)
         if budget is not None:
             shapes = {matrix.path: [self._shape(name) for name in matrix.sources] for matrix in matrices}
             check_reach(shapes, lambda chosen: measure(scheme_of(chosen)), budget)
@@ -212,6 +215,15 @@ class Calibrator:
         errors = self.quantize(by_source, sensitivities, store)
         reports = [_report(matrix, formats[matrix.path], errors, self._checkpoint) for matrix in matrices]
         return Calibrated(CalibratedWeights(self._checkpoint, store), scheme_of(formats), reports, alternatives)
+
+    def _check_heard(self, matrices: Sequence[PackedMatrix]) -> None:
+        heard = {f"{path}.weight" for path in self._model.linear_layers} | {_EMBEDDING, _HEAD}
+        for name in (name for matrix in matrices for name in matrix.sources):
+            if name not in heard:
+                raise UnsupportedModelError(
+                    f"{self._checkpoint.path}: {name} cannot be listened to: transformers computes it with others",
+                    hint="this architecture cannot be calibrated; build it with --quantizer least-squares",
+                )
 
     def listen(self) -> dict[str, Sensitivity]:
         """Measure the sensitivity of every matrix that the decoder or the head multiplies by, by checkpoint tensor."""

@@ -22,7 +22,9 @@ _FAMILIES: Final = (
     "qwen2",
     "qwen3",
 )
-MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType({name: name for name in _FAMILIES})
+MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType(
+    {**{name: name for name in _FAMILIES}, "ministral": "mistral"}
+)
 
 
 def find_architecture(model_type: str) -> Architecture[Any]:

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_builder.checkpoint import Checkpoint
+from lamplighter_builder.fields import Fields
+from lamplighter_builder.reference_tensors import read_reference_tensor
 
 Forward = Callable[..., Any]
 Visit = Callable[[str, nn.Linear, torch.Tensor], None]
@@ -70,7 +71,7 @@ class StreamedModel:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         fields = {key: value for key, value in checkpoint.config.values.items() if key != "model_type"}
-        config = AutoConfig.for_model(checkpoint.config.text("model_type"), **fields)
+        config = AutoConfig.for_model(_reference_type(checkpoint.config), **fields)
         with no_init_weights():  # the parameters' memory is reserved and never touched
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
         model.tie_weights()
@@ -87,7 +88,8 @@ class StreamedModel:
         self._linear = {
             path: module
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear) and path.startswith(_LAYERS)
+            # A router is a linear layer that gives more than the product, and is never rounded.
+            if type(module) is nn.Linear and path.startswith(_LAYERS)
         }
         self._compute: list[Forward] = [layer.forward for layer in self._layers]
         self._empty = [dict(layer.state_dict()) for layer in self._layers]
@@ -95,6 +97,11 @@ class StreamedModel:
         self._result: torch.Tensor | None = None
         for index, layer in enumerate(self._layers):
             layer.forward = self._forward(index)
+
+    @property
+    def linear_layers(self) -> frozenset[str]:
+        """Paths of the linear layers, which are all that can be listened to."""
+        return frozenset(self._linear)
 
     @property
     def layer_count(self) -> int:
@@ -190,12 +197,13 @@ class StreamedModel:
             layer.load_state_dict(empty, assign=True)
 
     def _read(self, name: str) -> torch.Tensor:
-        if name not in self._checkpoint.tensors:
-            raise UnsupportedModelError(
-                f"{self._checkpoint.path}: transformers looks for a tensor {name}, which the checkpoint has not",
-                hint="this architecture cannot be calibrated; build it with --quantizer least-squares",
-            )
-        return torch.from_numpy(self._checkpoint.read(name))
+        return torch.from_numpy(read_reference_tensor(self._checkpoint, name))
+
+
+def _reference_type(config: Fields) -> str:
+    """Return the model type that transformers takes a checkpoint for, by its rule for early configs of Ministral."""
+    model_type = config.text("model_type")
+    return "ministral" if model_type == "mistral" and config.has("layer_types") else model_type
 
 
 def _before(path: str, visit: Visit) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:

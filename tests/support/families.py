@@ -82,6 +82,12 @@ FAMILIES: Final[Mapping[str, Options]] = MappingProxyType(
         },
         "mistral": {"model_type": "mistral", "rope_parameters": _DEFAULT_ROPE, "sliding_window": WINDOW},
         "mistral-unwindowed": {"model_type": "mistral", "rope_parameters": _DEFAULT_ROPE, "sliding_window": None},
+        "ministral": {
+            "model_type": "ministral",
+            "rope_parameters": _DEFAULT_ROPE,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
         "gemma": {
             "model_type": "gemma",
             "rope_parameters": _DEFAULT_ROPE,
@@ -152,7 +158,7 @@ FAMILIES: Final[Mapping[str, Options]] = MappingProxyType(
     }
 )
 
-WINDOWED: Final = ("qwen2-yarn-windowed", "mistral", "phi3", "gemma2", "gemma3_text")
+WINDOWED: Final = ("qwen2-yarn-windowed", "mistral", "ministral", "phi3", "gemma2", "gemma3_text")
 LONG_ROPE: Final = ("phi3-longrope", "phi3-partial-longrope", "phimoe")
 
 

@@ -256,7 +256,7 @@ def declare_bias(graph: Graph, spec: LinearSpec) -> Value:
 
 
 def _stack(sources: Sequence[FloatArray]) -> FloatArray:
-    return sources[0] if len(sources) == 1 else np.concatenate(sources, axis=0)
+    return sources[0] if len(sources) == 1 else np.concatenate(list(sources))
 
 
 def _stack_transposed(sources: Sequence[FloatArray]) -> list[Array]:

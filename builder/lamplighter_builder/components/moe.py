@@ -6,7 +6,7 @@ tokens of all rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -105,7 +105,11 @@ class FloatExperts:
         shape = (spec.num_experts, spec.hidden_size, 2 * spec.intermediate_size)
 
         def convert(sources: Sequence[FloatArray]) -> list[Array]:
-            return [np.stack([np.concatenate(pair).T for pair in pairs(sources)])]
+            stacked: FloatArray = np.empty(shape, dtype=np.float32)
+            for index, source in enumerate(sources):  # one expert in memory at a time
+                begin = index % 2 * spec.intermediate_size
+                stacked[index // 2, :, begin : begin + spec.intermediate_size] = source.T
+            return [stacked]
 
         output = TensorSpec(f"{spec.name}.gate_up.weight", np.float32, shape)
         (weight,) = graph.weight(Weight("experts", spec.gate_up_sources(), (output,), convert))
@@ -114,15 +118,15 @@ class FloatExperts:
     @staticmethod
     def _down(graph: Graph, spec: ExpertsSpec) -> Value:
         shape = (spec.num_experts, spec.intermediate_size, spec.hidden_size)
+
+        def convert(sources: Sequence[FloatArray]) -> list[Array]:
+            stacked: FloatArray = np.empty(shape, dtype=np.float32)
+            for expert, source in zip(stacked, sources, strict=True):
+                expert[:] = source.T
+            return [stacked]
+
         output = TensorSpec(f"{spec.name}.down.weight", np.float32, shape)
-        (weight,) = graph.weight(
-            Weight(
-                "experts",
-                spec.down_sources(),
-                (output,),
-                lambda sources: [np.stack([source.T for source in sources])],
-            )
-        )
+        (weight,) = graph.weight(Weight("experts", spec.down_sources(), (output,), convert))
         return weight
 
 
@@ -197,12 +201,12 @@ class QuantizedExperts:
             outputs.append(TensorSpec(f"{name}.weight_zero_points", np.uint8, (experts, shape[0], width)))
 
         def convert(weights: Sequence[FloatArray]) -> list[Array]:
-            return _expert_arrays([recipe.quantize(weight) for weight in weights], together)
+            return _expert_arrays(map(recipe.quantize, weights), outputs)
 
         def repack(matrices: Sequence[QuantizedMatrix]) -> list[Array] | None:
             exact = [convert_exactly(matrix, recipe.format) for matrix in matrices]
             found = [matrix for matrix in exact if matrix is not None]
-            return _expert_arrays(found, together) if len(found) == len(exact) else None
+            return _expert_arrays(found, outputs) if len(found) == len(exact) else None
 
         codes, scales, *rest = graph.weight(Weight("experts", sources, tuple(outputs), convert, repack, recipe.format))
         return codes, scales, rest[0] if rest else NO_VALUE
@@ -280,21 +284,15 @@ def sparse_mixer(graph: Graph, scores: Value, num_experts: int, jitter: float) -
     return weights
 
 
-def pairs(sources: Sequence[FloatArray]) -> list[Sequence[FloatArray]]:
-    """Cut a sequence into pairs."""
-    return [sources[index : index + 2] for index in range(0, len(sources), 2)]
+def _expert_arrays(matrices: Iterable[QuantizedMatrix], outputs: Sequence[TensorSpec]) -> list[Array]:
+    """Return codes, scales and, if asymmetric, zero points as they are declared: [num_experts, N, ...] each.
 
-
-def _expert_arrays(matrices: Sequence[QuantizedMatrix], together: int) -> list[Array]:
-    """Return codes, scales and, if asymmetric, zero points, [num_experts, N, ...] each.
-
-    Each expert has ``together`` matrices, whose rows take turns.
+    The rows of an expert's matrices take turns. Only one matrix is in memory besides them.
     """
-
-    def joined(arrays: list[Array]) -> Array:
-        stacked = np.stack(arrays).reshape(-1, together, *arrays[0].shape)
-        rows, width = arrays[0].shape
-        return np.ascontiguousarray(stacked.swapaxes(1, 2)).reshape(-1, together * rows, width)
-
-    parts = [[array.reshape(array.shape[0], -1) for array in quantized_arrays(matrix)] for matrix in matrices]
-    return [joined(list(same)) for same in zip(*parts, strict=True)]
+    arrays = [np.empty(spec.shape, dtype=spec.dtype) for spec in outputs]
+    for index, matrix in enumerate(matrices):
+        together = arrays[0].shape[1] // len(matrix.codes)
+        expert, turn = divmod(index, together)
+        for array, part in zip(arrays, quantized_arrays(matrix), strict=True):
+            array[expert, turn::together] = part.reshape(len(part), -1)
+    return arrays
