@@ -14,6 +14,7 @@ from lamplighter_builder.adapter import AdaptedCheckpoint
 from lamplighter_builder.checkpoint import Checkpoint, HuggingFaceCheckpoint
 from lamplighter_builder.gguf import GgufCheckpoint
 from lamplighter_builder.hub import HubId, download
+from lamplighter_builder.text_part import TEXT_DEFAULTS, TextPart
 
 _QUANTIZATION_SUFFIX: Final = re.compile(r"[._-]((i?q\d+(_\w+)?)|f16|f32|bf16|fp16|fp32)$", re.IGNORECASE)
 
@@ -32,7 +33,7 @@ def open_checkpoint(model: str, cache: Path | None, adapter: Path | None = None)
         UnsupportedModelError: If the kind of file, adapter or architecture is not supported.
         WeightMismatchError: If the adapter does not belong to the model.
     """
-    base = _open_model(model, cache)
+    base = _text_part(_open_model(model, cache))
     return base if adapter is None else AdaptedCheckpoint(base, adapter)
 
 
@@ -51,6 +52,12 @@ def _open_model(model: str, cache: Path | None) -> Checkpoint:
     if hub_id.file is None:
         return HuggingFaceCheckpoint(found.path, name=hub_id.name, source=found.source)
     return GgufCheckpoint(found.path, name=hub_id.name, source=found.source)
+
+
+def _text_part(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the language model of a checkpoint that is more than that."""
+    model_type = checkpoint.config.text("model_type", default="")
+    return TextPart(checkpoint) if model_type in TEXT_DEFAULTS else checkpoint
 
 
 def default_name(stem: str, precision: str, execution_provider: str = "cpu") -> str:

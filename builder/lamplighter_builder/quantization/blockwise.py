@@ -85,7 +85,7 @@ class BlockFormat:
         if in_features % self.block_size:
             raise UnsupportedModelError(
                 f"a matrix has {in_features} in features, which is no multiple of the block size {self.block_size}",
-                hint=f"choose a block size from {SUPPORTED_BLOCK_SIZES} that divides it",
+                hint="build the model with -p fp16 or -p fp32",
             )
         return in_features // self.block_size
 
