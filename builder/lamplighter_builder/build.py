@@ -7,22 +7,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final, overload
+from typing import Final
 
-import numpy as np
 import onnx
 from tokenizers import Tokenizer
 
-from lamplighter_agent.errors import (
-    BuildError,
-    CheckpointError,
-    WeightMismatchError,
-)
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MODEL_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import (
     FORMAT_VERSION,
     ExecutionProvider,
+    GenerationDefaults,
     Manifest,
     MemoryNeeds,
     ModelFacts,
@@ -30,12 +25,14 @@ from lamplighter_agent.package.manifest import (
 )
 from lamplighter_builder.calibrate import Calibrated, Calibrator, calibration_tokens
 from lamplighter_builder.chat_template import compile_chat_template
-from lamplighter_builder.checkpoint import Checkpoint, WeightSource
+from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles, WeightSource
+from lamplighter_builder.course import expected_course
 from lamplighter_builder.drafts import Drafts, count_parameters, finish_graph
 from lamplighter_builder.evaluation import Reference, check_fidelity, evaluation_windows, write_report
-from lamplighter_builder.examination import Examination, OpenReference, Subject, examine
+from lamplighter_builder.examination import Examination, Subject, examine
 from lamplighter_builder.genai_config import genai_config, tokenizer_config
-from lamplighter_builder.graph import Array, FloatArray, Graph, Region, Weight
+from lamplighter_builder.generation import Answer
+from lamplighter_builder.graph import Graph, Region
 from lamplighter_builder.graph_check import check_graph
 from lamplighter_builder.licence import spdx_licence
 from lamplighter_builder.manifest_parts import (
@@ -55,9 +52,8 @@ from lamplighter_builder.precision import (
     uniform_scheme,
 )
 from lamplighter_builder.progress import Progress
-from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.targets import GraphTarget
-from lamplighter_builder.weight_file import WeightFile
+from lamplighter_builder.weights import check_weights, write_weights
 
 _FOREIGN_RUN_BYTES: Final = 1 << 30
 
@@ -103,6 +99,35 @@ class BuildOptions:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What is known of a package before any weight is read.
+
+    Attributes:
+        target: Where it will run.
+        drafts: Makes its graph in other formats.
+        graph: Its graph in the formats that it has without a calibration.
+        facts: Sizes of the model.
+        tokenizer_files: As the checkpoint has them.
+        tokenizer: The tokenizer.
+        generation: End tokens and sampling defaults.
+        chat_format: How conversations are rendered, or None.
+    """
+
+    target: GraphTarget
+    drafts: Drafts
+    graph: Graph
+    facts: ModelFacts
+    tokenizer_files: TokenizerFiles
+    tokenizer: Tokenizer
+    generation: GenerationDefaults
+    chat_format: ChatFormat | None
+
+    def memory(self, graph: Graph) -> MemoryNeeds:
+        """Return what running it costs with the matrices of ``graph``."""
+        return memory_needs(self.facts, resident_weights(graph, self.target), self.target)
+
+
 def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Manifest:
     """Build a package and return its manifest.
 
@@ -113,48 +138,28 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     """
     check_reference(options.name, options.version)
     options.quantization.check(options.precision, options.execution_provider)
-    target = choose_target(options.precision, options.execution_provider)
-    drafts = Drafts(checkpoint, target)
-    scheme = uniform_scheme(options.precision, options.execution_provider, options.quantization.quantizer)
-    model, graph = drafts.make(scheme)
-    check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
-    tokenizer_files = checkpoint.tokenizer()
-    tokenizer = load_tokenizer(tokenizer_files, model.config.vocab_size)
-    generation = generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer)
-    chat_format = options.chat_format
-    if chat_format is None and tokenizer_files.chat_template is not None:
-        chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)
-    facts = model.config.facts(count_parameters(graph))
+    outline = make_outline(checkpoint, options)
+    expect_course(outline, options, progress)
+    target, facts = outline.target, outline.facts
     with ExitStack() as stack:
         writer = stack.enter_context(PackageWriter(options.output))
+        graph = outline.graph
         weights: WeightSource = checkpoint
         calibrated: Calibrated | None = None
         if options.quantization.quantizer == "gptq":
             scratch = stack.enter_context(TemporaryDirectory(prefix=".calibration-", dir=options.output.parent))
-            tokens = calibration_tokens(options.quantization.calibration, tokenizer, chat_format, facts)
-            budget = options.quantization.budget(facts.parameters)
-            calibrator = Calibrator(checkpoint, tokens, progress)
-            calibrated = calibrator.quantize_within(budget, graph, drafts.measure, Path(scratch))
-            weights, (_, graph) = calibrated.weights, drafts.make(calibrated.scheme)
+            calibrated = calibrate(checkpoint, outline, options, Path(scratch), progress)
+            graph, weights = outline.drafts.make(calibrated.scheme)[1], calibrated.weights
         regions = write_weights(graph, weights, target, writer.directory / WEIGHTS_NAME, progress)
         written = write_graph(graph, regions, target, facts, writer.directory / MODEL_NAME)
-        writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
-        writer.write(
-            "tokenizer_config.json",
-            tokenizer_config(
-                tokenizer_files.special_tokens, tokenizer_files.chat_template, facts.max_position_embeddings
-            ),
-        )
-        writer.copy_notices(checkpoint.notices)
-        writer.write(GENAI_CONFIG_NAME, genai_config(facts, generation, target, written.graph))
-        memory = memory_needs(facts, resident_weights(graph, target), target)
+        write_texts(writer, checkpoint, outline, written)
+        memory = outline.memory(graph)
         examination = Examination()
         if runs_here(target, memory):
-            subject = Subject(writer.directory / MODEL_NAME, tokenizer, chat_format, generation, facts, target)
-            examination = examine(subject, reference_opener(checkpoint, tokenizer, options, progress), progress)
-            if examination.fidelity is not None:
-                check_fidelity(examination.fidelity, options.max_kl)
-                write_report(writer, f"{options.name}/{options.version}", examination.fidelity, calibrated)
+            examination = examine_written(writer, checkpoint, outline, options, progress)
+        if examination.fidelity is not None:
+            check_fidelity(examination.fidelity, options.max_kl)
+            write_report(writer, f"{options.name}/{options.version}", examination.fidelity, calibrated)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             name=options.name,
@@ -166,8 +171,8 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
             files=writer.entries(progress),
             memory=memory,
             cache_scales=examination.cache_scales,
-            generation=generation,
-            chat_format=chat_format,
+            generation=outline.generation,
+            chat_format=outline.chat_format,
             self_tests=examination.self_tests,
             fidelity=examination.fidelity,
             provenance=provenance(checkpoint.source, checkpoint.files, options.recorded, progress),
@@ -176,71 +181,91 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     return manifest
 
 
-def reference_opener(
-    checkpoint: Checkpoint, tokenizer: Tokenizer, options: BuildOptions, progress: Progress
-) -> OpenReference | None:
-    """Return what runs the reference of the fidelity report; None without a report."""
-    if not options.measure_fidelity:
-        return None
-    windows = evaluation_windows(tokenizer, None)
-    return lambda answers: Reference(checkpoint, windows, answers, progress)
-
-
-def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
-    """Compare the tensors that the graph needs with those of the checkpoint, both ways, by name and shape.
-
-    Args:
-        graph: Graph with declared weights.
-        checkpoint: Where they are read from.
-        tied: True if the head is the embedding; a stored head is then a copy and not used.
+def make_outline(checkpoint: Checkpoint, options: BuildOptions) -> Outline:
+    """Read everything but the weights, and compare their names and shapes with the architecture's.
 
     Raises:
-        WeightMismatchError: If tensors are missing or unused.
-        CheckpointError: If a tensor has another shape.
+        BuildError: If the checkpoint cannot be built with these options; see its subclasses.
     """
-    needed = {source.name: source.shape for weight in graph.weights for source in weight.sources}
-    unused = set(checkpoint.tensors) - set(needed) - ({"lm_head.weight"} if tied else set())
-    unused = {name for name in unused if not name.endswith(".rotary_emb.inv_freq")}
-    missing = set(needed) - set(checkpoint.tensors)
-    if missing or unused:
-        parts = [
-            f"{word}: {', '.join(sorted(names)[:5])}{' …' if len(names) > 5 else ''}"
-            for word, names in (("missing", missing), ("not used", unused))
-            if names
-        ]
-        raise WeightMismatchError(
-            f"{checkpoint.path}: the tensors are not those of the architecture; {'; '.join(parts)}",
-            missing=tuple(sorted(missing)),
-            unused=tuple(sorted(unused)),
+    target = choose_target(options.precision, options.execution_provider)
+    drafts = Drafts(checkpoint, target)
+    scheme = uniform_scheme(options.precision, options.execution_provider, options.quantization.quantizer)
+    model, graph = drafts.make(scheme)
+    check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
+    files = checkpoint.tokenizer()
+    tokenizer = load_tokenizer(files, model.config.vocab_size)
+    generation = generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer)
+    chat_format = options.chat_format
+    if chat_format is None and files.chat_template is not None:
+        chat_format = compile_chat_template(files.chat_template, files.special_tokens)
+    facts = model.config.facts(count_parameters(graph))
+    return Outline(target, drafts, graph, facts, files, tokenizer, generation, chat_format)
+
+
+def expect_course(outline: Outline, options: BuildOptions, progress: Progress) -> None:
+    """Tell ``progress`` which stages will come."""
+    quantization = options.quantization
+    progress.expect(
+        expected_course(
+            options.precision,
+            quantization.quantizer,
+            sized=quantization.budget(outline.facts.parameters) is not None,
+            runs=runs_here(outline.target, outline.memory(outline.graph)),
+            compares=options.measure_fidelity,
         )
-    for name, shape in needed.items():
-        found = checkpoint.tensors[name].shape
-        if found != shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {name} has shape {list(found)}, but must be {list(shape)}"
-            )
+    )
 
 
-def write_weights(
-    graph: Graph, checkpoint: WeightSource, target: GraphTarget, path: Path, progress: Progress
-) -> dict[str, Region]:
-    """Write the weights, holding one at a time, and return where each lies.
+def calibrate(
+    checkpoint: Checkpoint, outline: Outline, options: BuildOptions, scratch: Path, progress: Progress
+) -> Calibrated:
+    """Quantize the matrices on calibration text, within the bound of the options if there is one.
 
     Raises:
-        BuildError: If a value is beyond the range of its stored type.
-        CheckpointError: If a tensor cannot be read or holds values that are not finite.
-        OSError: If the disk is full or fails.
+        ConfigError: If there is too little text, or the bound is below what four bits a weight need.
+        UnsupportedModelError: If the architecture cannot be calibrated.
     """
-    progress.stage("weights", sum(_elements(weight) for weight in graph.weights))
-    regions: dict[str, Region] = {}
-    with WeightFile(path) as file:
-        for weight in graph.weights:
-            for spec, array in zip(weight.outputs, _make_arrays(weight, checkpoint), strict=True):
-                if array.shape != spec.shape or array.dtype != np.dtype(spec.dtype):
-                    raise BuildError(f"{spec.name}: made {array.dtype}{array.shape}, declared {spec}")
-                regions[spec.name] = file.append(target.store(array, target.stored(weight, spec)))
-            progress.advance(_elements(weight))
-    return regions
+    quantization = options.quantization
+    tokens = calibration_tokens(quantization.calibration, outline.tokenizer, outline.chat_format, outline.facts)
+    budget = quantization.budget(outline.facts.parameters)
+    calibrator = Calibrator(checkpoint, tokens, progress)
+    return calibrator.quantize_within(budget, outline.graph, outline.drafts.measure, scratch)
+
+
+def write_texts(writer: PackageWriter, checkpoint: Checkpoint, outline: Outline, written: onnx.ModelProto) -> None:
+    """Write the tokenizer, the licence texts and the configuration of onnxruntime-genai."""
+    files, facts = outline.tokenizer_files, outline.facts
+    writer.write(TOKENIZER_NAME, files.tokenizer_json)
+    writer.write(
+        "tokenizer_config.json",
+        tokenizer_config(files.special_tokens, files.chat_template, facts.max_position_embeddings),
+    )
+    writer.copy_notices(checkpoint.notices)
+    writer.write(GENAI_CONFIG_NAME, genai_config(facts, outline.generation, outline.target, written.graph))
+
+
+def examine_written(
+    writer: PackageWriter, checkpoint: Checkpoint, outline: Outline, options: BuildOptions, progress: Progress
+) -> Examination:
+    """Run the written model, and compare it with the checkpoint unless the options say otherwise.
+
+    Raises:
+        BuildError: If onnxruntime cannot load it.
+    """
+    subject = Subject(
+        writer.directory / MODEL_NAME,
+        outline.tokenizer,
+        outline.chat_format,
+        outline.generation,
+        outline.facts,
+        outline.target,
+    )
+    windows = evaluation_windows(outline.tokenizer, None)
+
+    def open_reference(answers: Sequence[Answer]) -> Reference:
+        return Reference(checkpoint, windows, answers, progress)
+
+    return examine(subject, open_reference if options.measure_fidelity else None, progress)
 
 
 def write_graph(
@@ -265,59 +290,3 @@ def runs_here(target: GraphTarget, memory: MemoryNeeds) -> bool:
     its tokens are another device's: only a small one is worth that.
     """
     return target.provider == "cpu" or memory.weights_bytes <= _FOREIGN_RUN_BYTES
-
-
-def _make_arrays(weight: Weight, checkpoint: WeightSource) -> Sequence[Array]:
-    """Run a weight's recipe: stored codes as they are where they fit, float32 values otherwise."""
-    if weight.repack is not None:
-        stored = [
-            matrix for source in weight.sources if (matrix := _stored_matrix(checkpoint, source.name)) is not None
-        ]
-        arrays = weight.repack(stored) if len(stored) == len(weight.sources) else None
-        if arrays is not None:
-            return arrays
-    return weight.convert(_Sources(weight, checkpoint))
-
-
-class _Sources(Sequence[FloatArray]):
-    """A weight's sources, read as they are asked for: what a recipe takes one by one is never held together."""
-
-    def __init__(self, weight: Weight, checkpoint: WeightSource) -> None:
-        self._names = [source.name for source in weight.sources]
-        self._checkpoint = checkpoint
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    @overload
-    def __getitem__(self, index: int) -> FloatArray: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[FloatArray]: ...
-
-    def __getitem__(self, index: int | slice) -> FloatArray | list[FloatArray]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        return _read_finite(self._checkpoint, self._names[index])
-
-
-def _stored_matrix(checkpoint: WeightSource, name: str) -> QuantizedMatrix | None:
-    matrix = checkpoint.quantized(name)
-    if matrix is not None:
-        _check_finite(matrix.scales, checkpoint, name)
-    return matrix
-
-
-def _read_finite(checkpoint: WeightSource, name: str) -> FloatArray:
-    values = checkpoint.read(name)
-    _check_finite(values, checkpoint, name)
-    return values
-
-
-def _check_finite(values: FloatArray, checkpoint: WeightSource, name: str) -> None:
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
-
-
-def _elements(weight: Weight) -> int:
-    return sum(int(np.prod(source.shape, dtype=np.int64)) for source in weight.sources)

@@ -7,16 +7,16 @@ import json
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from lamplighter_agent.errors import LamplighterError
 from lamplighter_agent.package.manifest import UNKNOWN_LICENCE
 from lamplighter_builder import __version__
+from lamplighter_builder.terminal_progress import TerminalProgress
 
 if TYPE_CHECKING:
     from lamplighter_agent.package.fidelity import Fidelity
@@ -25,52 +25,6 @@ if TYPE_CHECKING:
 QUANTIZERS: Final = ("rtn", "least-squares", "gptq")
 PRECISIONS: Final = ("int4", "int8", "fp16", "fp32")
 PROVIDERS: Final = ("cpu", "cuda", "dml")
-_BAR_WIDTH: Final = 30
-_REDRAW_S: Final = 0.2
-_LINE_EVERY_S: Final = 10.0
-
-
-class TerminalProgress:
-    """Shows stages on a text stream: a bar with the time left on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream, self._interactive = stream, stream.isatty()
-        self._title, self._total, self._done = "", 0, 0
-        self._started = self._shown = 0.0
-
-    def stage(self, title: str, total: int) -> None:
-        """Begin a stage of ``total`` units."""
-        self.close()
-        self._title, self._total, self._done = title, total, 0
-        self._started = self._shown = time.monotonic()
-        self._show(force=not self._interactive)
-
-    def advance(self, amount: int) -> None:
-        """Report work done since the last call."""
-        self._done += amount
-        self._show(force=self._done >= self._total)
-
-    def close(self) -> None:
-        """End the line of the last stage."""
-        if self._title and self._interactive:
-            self._stream.write("\n")
-        self._title = ""
-
-    def _show(self, *, force: bool) -> None:
-        now = time.monotonic()
-        if not force and now - self._shown < (_REDRAW_S if self._interactive else _LINE_EVERY_S):
-            return
-        self._shown = now
-        share = self._done / self._total if self._total else 0.0
-        elapsed = now - self._started
-        left = f", {elapsed / share - elapsed:.0f} s left" if 0 < share < 1 else ""
-        took = f", {elapsed:.1f} s" if share >= 1 else ""
-        if self._interactive:
-            bar = ("#" * int(_BAR_WIDTH * share)).ljust(_BAR_WIDTH, ".")
-            self._stream.write(f"\r{self._title:14} [{bar}] {share:4.0%}{left}{took}\x1b[K")
-        else:
-            self._stream.write(f"{self._title}: {share:.0%}{left}{took}\n")
-        self._stream.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

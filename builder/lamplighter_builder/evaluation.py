@@ -58,19 +58,18 @@ class Reference:
     def __init__(
         self, checkpoint: Checkpoint, windows: TokenArray, answers: Sequence[Answer], progress: Progress
     ) -> None:
-        progress.stage("fidelity: reference", 1)
         self.name = checkpoint.path.name
         self.windows = windows
         self._model = StreamedModel(checkpoint)
+        progress.stage("fidelity: reference", self._model.layer_count)
         rows = [*windows, *(np.array(answer.prompt + answer.tokens, dtype=np.int64) for answer in answers)]
         tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
         for index, row in enumerate(rows):
             tokens[index, : len(row)] = row  # what is behind a text does not change what is before it
-        states = self._model.run(self._model.embedding(torch.from_numpy(tokens)))
+        states = self._model.run(self._model.embedding(torch.from_numpy(tokens)), done=lambda: progress.advance(1))
         self._model.forget_embedding()
         self._states = states[: len(windows), : windows.shape[1]].clone()
         self.choices = [self._choices(answer, states[len(windows) + index]) for index, answer in enumerate(answers)]
-        progress.advance(1)
 
     def compare(self, model: Path, runner: Runner, generation: GenerationFidelity, progress: Progress) -> Fidelity:
         """Compare a package with the reference.

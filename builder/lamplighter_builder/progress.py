@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 
 class Progress(Protocol):
     """Hears of stages and of work done in them."""
+
+    def expect(self, shares: Mapping[str, float]) -> None:
+        """Be told which stages will come, with their shares of the time in any unit."""
 
     def stage(self, title: str, total: int) -> None:
         """Begin a stage of ``total`` units of work (bytes, tensors, tokens …)."""
@@ -17,6 +21,9 @@ class Progress(Protocol):
 
 class SilentProgress:
     """Hears and says nothing."""
+
+    def expect(self, shares: Mapping[str, float]) -> None:
+        """Ignore what will come."""
 
     def stage(self, title: str, total: int) -> None:
         """Ignore the stage."""

@@ -108,9 +108,19 @@ class StreamedModel:
         """Number of decoder layers."""
         return len(self._layers)
 
-    def run(self, embedded: torch.Tensor, visit: Visit | None = None) -> torch.Tensor:
-        """Return what the head is given, [B, S, hidden_size], for embedded tokens [B, S, hidden_size]."""
+    def run(
+        self, embedded: torch.Tensor, visit: Visit | None = None, *, done: Callable[[], None] = lambda: None
+    ) -> torch.Tensor:
+        """Return what the head is given, [B, S, hidden_size], for embedded tokens [B, S, hidden_size].
+
+        Args:
+            embedded: The tokens.
+            visit: Is given every linear layer.
+            done: Called after each decoder layer.
+        """
         with torch.no_grad(), ExitStack() as hooks:
+            for layer in self._layers:
+                hooks.callback(layer.register_forward_hook(lambda *_: done()).remove)
             if visit is not None:
                 for path, module in self._linear.items():
                     hook = module.register_forward_pre_hook(_before(path, visit))

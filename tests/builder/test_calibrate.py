@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_agent.package.manifest import Manifest, decode_manifest
-from lamplighter_builder.build import write_weights
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.cli import main
 from lamplighter_builder.drafts import Drafts
@@ -26,6 +25,7 @@ from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.quantization.calibration import held_out_texts
 from lamplighter_builder.reference_tensors import read_reference_tensor
 from lamplighter_builder.streamed_model import StreamedModel
+from lamplighter_builder.weights import write_weights
 from support.families import FAMILIES, write_family_checkpoint
 
 STREAMED = sorted(FAMILIES)

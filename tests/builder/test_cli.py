@@ -9,7 +9,8 @@ import pytest
 
 from lamplighter_agent.package.chat_format import ChatFormat, RoleFormat
 from lamplighter_agent.package.manifest import decode_manifest
-from lamplighter_builder.cli import TerminalProgress, main
+from lamplighter_builder.cli import main
+from lamplighter_builder.terminal_progress import TerminalProgress
 from support.tiny_model import TinyShape, write_tiny_checkpoint
 
 RAW = ChatFormat(begin="", roles={"user": RoleFormat(prefix="U: ", suffix="\n")}, generation_prompt="A: ")
@@ -121,3 +122,29 @@ def test_terminal_shows_a_bar_and_a_file_gets_lines() -> None:
         progress.close()
         assert "100%" in stream.getvalue()
         assert mark in stream.getvalue()
+
+
+def test_time_left_is_that_of_all_stages_to_come() -> None:
+    stream, now = io.StringIO(), [100.0]
+    progress = TerminalProgress(stream, clock=lambda: now[0])
+    progress.expect({"weights": 30.0, "fidelity": 60.0, "hashing": 10.0})
+    progress.stage("weights", 2)
+    for _ in range(2):
+        now[0] += 90.0
+        progress.advance(1)
+    progress.stage("fidelity", 4)
+    now[0] += 60.0
+    progress.advance(2)
+    # 180 s for 30 parts, then 60 s for 30: four seconds a part, and 40 parts are left.
+    lines = stream.getvalue().splitlines()
+    assert lines[1:3] == ["weights: 50%, 8 min left", "weights: 100%, 3 min, 7 min left"]
+    assert lines[-1] == "fidelity: 50%, 3 min left"
+
+
+def test_time_left_is_that_of_the_stage_where_nothing_is_known_of_others() -> None:
+    stream, now = io.StringIO(), [100.0]
+    progress = TerminalProgress(stream, clock=lambda: now[0])
+    progress.stage("weights", 4)
+    now[0] += 20.0
+    progress.advance(1)
+    assert stream.getvalue().splitlines()[-1] == "weights: 25%, 60 s left"

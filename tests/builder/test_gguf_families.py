@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
-from lamplighter_builder.build import BuildOptions, build_package, check_weights
+from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.components.rope import LongRope
 from lamplighter_builder.gguf import GgufCheckpoint
@@ -21,6 +21,7 @@ from lamplighter_builder.graph import Graph
 from lamplighter_builder.precision import float_parts
 from lamplighter_builder.progress import SilentProgress
 from lamplighter_builder.registry import find_architecture
+from lamplighter_builder.weights import check_weights
 from support.families import write_family_checkpoint
 from support.gguf_files import write_gguf
 
