@@ -175,8 +175,6 @@ def _attention_differences(model: ModelProto, sizes: Sizes) -> Iterator[str]:
                 f"{node.name}: has {heads[0]} and {heads[1]} heads, but the configuration says {sizes.heads} and "
                 f"{sizes.key_value_heads}"
             )
-        if _integer(node, "sliding_window_cache"):
-            yield f"{node.name}: keeps a cache of its window only"
     if missing := sorted(set(map(str, range(sizes.layers))) - served, key=int):
         yield f"no GroupQueryAttention for the cache of layer {', '.join(missing)}"
 

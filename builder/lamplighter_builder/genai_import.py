@@ -91,6 +91,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
         tensors = read_tensors(folder.model)
         facts = model_facts(folder, tensors)
         _state_shapes(folder.model, facts)
+        _keep_whole_caches(folder.model)
         writer.write(MODEL_NAME, folder.model.SerializeToString(deterministic=True))
         check_graph(writer.directory / MODEL_NAME)
         writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
@@ -132,9 +133,17 @@ def _generation(folder: GenaiFolder, tokenizer: Tokenizer) -> GenerationDefaults
 
 def _genai_config(folder: GenaiFolder) -> bytes:
     """Return the folder's configuration with the package's file name for the model."""
-    decoder = {**folder.decoder.values, "filename": MODEL_NAME}
+    decoder = {key: value for key, value in folder.decoder.values.items() if key != "sliding_window"}
+    decoder["filename"] = MODEL_NAME
     config = {**folder.config, "model": {**folder.model_section.values, "decoder": decoder}}
     return (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _keep_whole_caches(model: ModelProto) -> None:
+    """Let windowed layers take a cache of any length: the agent makes it small again as it loads the graph."""
+    for node in model.graph.node:
+        for attribute in [one for one in node.attribute if one.name == "sliding_window_cache"]:
+            node.attribute.remove(attribute)
 
 
 def _state_shapes(model: ModelProto, facts: ModelFacts) -> None:

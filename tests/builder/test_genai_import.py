@@ -158,6 +158,21 @@ def rename_input(model: onnx.ModelProto) -> None:
 def window_the_cache(model: onnx.ModelProto) -> None:
     node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
     node.attribute.append(helper.make_attribute("sliding_window_cache", 1))
+    node.attribute.append(helper.make_attribute("local_window_size", 24))
+
+
+def test_windowed_layers_get_whole_caches(folder: Path, tmp_path: Path) -> None:
+    windowed = shutil.copytree(folder, tmp_path / "folder")
+    change_model(windowed, window_the_cache)
+    config = json.loads((windowed / "genai_config.json").read_text())
+    config["model"]["decoder"]["sliding_window"] = {"window_size": 24, "layers": [0], "slide_inputs": False}
+    (windowed / "genai_config.json").write_text(json.dumps(config))
+    manifest = do_import(windowed, tmp_path / "package")
+    assert (manifest.model.sliding_window, manifest.model.sliding_layers) == (24, (0,))
+    model = onnx.load(str(tmp_path / "package" / "model.onnx"), load_external_data=False)
+    names = {attribute.name for node in model.graph.node for attribute in node.attribute}
+    assert "sliding_window_cache" not in names
+    assert "sliding_window" not in (tmp_path / "package" / "genai_config.json").read_text()
 
 
 def detach_a_cache(model: onnx.ModelProto) -> None:
@@ -181,7 +196,6 @@ def add_an_input(model: onnx.ModelProto) -> None:
     ("change", "words"),
     [
         (rename_input, "no input attention_mask; an unknown input mask"),
-        (window_the_cache, "keeps a cache of its window only"),
         (detach_a_cache, "its cache is not a graph input and output of one layer"),
         (use_a_foreign_domain, "operators of com.elsewhere"),
         (widen_the_cache, r"past_key_values.0.key is float \['batch_size', 3, .*must be float \['any', 2, 'any', 16\]"),

@@ -153,6 +153,9 @@ class CausalLM:
     final_norm: ClassVar[str] = "model.norm"
     """Module path of the norm before the head."""
 
+    mlp_module: ClassVar[str] = "mlp"
+    """Name of a layer's MLP in the checkpoint."""
+
     def __init__(self, config: DecoderConfig, parts: Parts) -> None:
         self.config, self.parts = config, parts
 
@@ -217,7 +220,7 @@ class CausalLM:
             self.make_norm(f"{name}.input_layernorm"),
             self.make_attention(f"{name}.self_attn", index),
             self.make_norm(f"{name}.post_attention_layernorm"),
-            self.make_mlp(f"{name}.mlp"),
+            self.make_mlp(f"{name}.{self.mlp_module}"),
         )
 
     def make_attention(self, name: str, index: int) -> Attention:

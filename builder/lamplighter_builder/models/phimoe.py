@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_builder.components.mlp import MLP, find_activation
@@ -17,7 +18,7 @@ from lamplighter_builder.components.norm import LayerNorm, Norm
 from lamplighter_builder.components.rope import LongRope, Rope, read_rope
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.models.common import read_size, read_sizes, read_window
-from lamplighter_builder.models.decoder import Architecture, CausalLM, DecoderConfig, DecoderLayer, Layer, Parts
+from lamplighter_builder.models.decoder import Architecture, CausalLM, DecoderConfig, Parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,7 @@ class Phimoe(CausalLM):
     """The decoder with experts."""
 
     config: PhimoeConfig
+    mlp_module: ClassVar[str] = "block_sparse_moe"
 
     def __init__(self, config: PhimoeConfig, parts: Parts) -> None:
         super().__init__(config, parts)
@@ -82,16 +84,6 @@ class Phimoe(CausalLM):
     def make_norm(self, name: str) -> Norm:
         """Return a norm over the hidden states."""
         return LayerNorm(name, self.config.hidden_size, self.config.norm_epsilon)
-
-    def make_layer(self, index: int) -> Layer:
-        """Return layer ``index``."""
-        name = f"model.layers.{index}"
-        return DecoderLayer(
-            self.make_norm(f"{name}.input_layernorm"),
-            self.make_attention(f"{name}.self_attn", index),
-            self.make_norm(f"{name}.post_attention_layernorm"),
-            self.make_mlp(f"{name}.block_sparse_moe"),
-        )
 
     def make_mlp(self, name: str) -> MLP:
         """Return a layer's router with its experts."""
