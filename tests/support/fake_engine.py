@@ -52,11 +52,12 @@ class FakeEngine:
         self._manifest = manifest
         self._requests: dict[str, _Request] = {}
         self._failing: list[str] = []
+        self._contradicting: list[str] = []
         self.kept_bytes = 1000
 
     @property
     def idle(self) -> bool:
-        return not self._requests and not self._failing
+        return not self._requests and not self._failing and not self._contradicting
 
     def encode(self, prompt: Prompt) -> list[int]:
         if prompt.tokens is not None:
@@ -65,6 +66,11 @@ class FakeEngine:
             return [ord(character) for character in prompt.messages[-1].content]
         assert prompt.text is not None
         return [ord(character) for character in prompt.text]
+
+    def decode(self, tokens: list[int]) -> str:
+        if max(tokens, default=0) > 0x10FFFF:
+            raise RequestError("a token is outside the vocabulary", param="tokens")
+        return "".join(map(chr, tokens))
 
     def submit(self, request_id: str, tokens: list[int], params: GenerationParams) -> None:
         if len(tokens) >= CONTEXT_TOKENS:
@@ -79,6 +85,9 @@ class FakeEngine:
             raise RequestError("the fake engine refuses", param="prompt")
         if word == "/fail":
             self._failing.append(request_id)
+            return
+        if word == "/contradict":
+            self._contradicting.append(request_id)
             return
         if word == "/eat":
             self._eaten = bytearray(os.urandom(1024 * 1024)) * int(rest)
@@ -121,6 +130,9 @@ class FakeEngine:
     def _step(self) -> Iterator[Event]:
         for request_id in self._failing:
             yield Failed(request_id, "engine", "the fake engine fails")
+        for request_id in self._contradicting:
+            yield Failed(request_id, "request", "no token is left", "ban less", 400, "banned_words")
+        self._contradicting.clear()
         self._failing.clear()
         for request_id, request in list(self._requests.items())[: self.slots]:
             if reason := self._over(request):

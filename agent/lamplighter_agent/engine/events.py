@@ -126,11 +126,17 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The end of a request that this machine could not serve; ``reason`` is that of the error tree."""
+    """The end of a request that could not be served; ``reason`` is that of the error tree.
+
+    ``code`` and ``param`` are those of a ``RequestError``, where the request's own options are at fault.
+    """
 
     request_id: str
     reason: str
     message: str
+    hint: str | None = None
+    code: int | None = None
+    param: str | None = None
 
 
 Event: TypeAlias = TextDelta | Finished | Failed

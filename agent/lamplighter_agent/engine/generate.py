@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -69,6 +70,31 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
     def logprob(self) -> TokenLogprob | None:
         """Its log-probability, if the request asked for it."""
         return self.logprobs[0] if self.logprobs else None
+
+
+class Generation(Iterator[Token]):
+    """The tokens of one request. Closing or dropping it ends the request, begun or not.
+
+    Args:
+        tokens: Where they come from.
+        end: Ends the request; again without effect.
+    """
+
+    def __init__(self, tokens: Generator[Token], end: Callable[[], None]) -> None:
+        self._tokens = tokens
+        self._end = end
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """End the request."""
+        self._tokens.close()
+        # A generator that was never asked for anything does not run its own clean-up.
+        self._end()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Engine:
@@ -161,7 +187,7 @@ class Engine:
                 format; or token ids, taken as they are.
 
         Raises:
-            RequestError: If the package has no chat format, or the messages do not suit it.
+            RequestError: If the package has no chat format, the messages do not suit it, or it is none of these.
         """
         if isinstance(prompt, str):
             generation = self.manifest.generation
@@ -171,7 +197,9 @@ class Engine:
             return begin + self.tokenizer.encode(prompt, special=False)
         messages = [item for item in prompt if isinstance(item, ChatMessage)]
         if not messages:
-            return [item for item in prompt if isinstance(item, int)]
+            return _token_ids(prompt)
+        if len(messages) < len(prompt):
+            raise RequestError("the prompt mixes messages with something else", param="prompt")
         return self.tokenizer.encode_segments(self._chat_format().render(messages))
 
     def apply_chat_format(self, messages: list[ChatMessage]) -> str:
@@ -233,7 +261,7 @@ class Engine:
 
     def generate(
         self, prompt: Prompt, params: GenerationParams | None = None, *, scorer: Scorer | None = None
-    ) -> Iterator[Token]:
+    ) -> Generation:
         """Generate; the last item has ``finished`` set. Several generations may be iterated by turns.
 
         Args:
@@ -242,7 +270,7 @@ class Engine:
             scorer: As for ``open``.
 
         Raises:
-            RequestError: If an option is out of range.
+            RequestError: If an option is out of range, or options and scorer leave no token to draw.
             ContextOverflowError: If the prompt does not fit.
             EngineError: If the model fails.
         """
@@ -251,7 +279,7 @@ class Engine:
         params = GenerationParams() if params is None else params
         self.scheduler.submit(request_id, self.encode_prompt(prompt), params, scorer=scorer)
         self._inboxes[request_id] = deque()
-        return self._iterate(request_id)
+        return Generation(self._iterate(request_id), lambda: self._forget(request_id))
 
     def embed(self, text: str | list[int]) -> NDArray[np.float32]:
         """Return a text as a vector, float32 [hidden_size] of unit length: the mean of its last hidden states.
@@ -307,7 +335,7 @@ class Engine:
             )
         return self.manifest.chat_format
 
-    def _iterate(self, request_id: str) -> Iterator[Token]:
+    def _iterate(self, request_id: str) -> Generator[Token]:
         inbox = self._inboxes[request_id]
         try:
             while True:
@@ -315,7 +343,9 @@ class Engine:
                     self._step()
                 event = inbox.popleft()
                 if isinstance(event, Failed):
-                    raise EngineError(event.message)
+                    if event.code is None:
+                        raise EngineError(event.message, hint=event.hint)
+                    raise RequestError(event.message, code=event.code, param=event.param, hint=event.hint)
                 if isinstance(event, Finished):
                     for choice in event.choices[1:]:
                         if choice.text_tail:
@@ -324,7 +354,10 @@ class Engine:
                     return
                 yield _token(event)
         finally:
-            self._inboxes.pop(request_id, None)
+            self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        if self._inboxes.pop(request_id, None) is not None:
             self.scheduler.cancel(request_id)
 
     def _step(self) -> None:
@@ -332,6 +365,16 @@ class Engine:
             inbox = self._inboxes.get(event.request_id)
             if inbox is not None:
                 inbox.append(event)
+
+
+def _token_ids(prompt: Iterable[object]) -> list[int]:
+    """Return token ids as Python's integers; numpy's are taken too."""
+    try:
+        return [operator.index(item) for item in prompt]  # type: ignore[arg-type]
+    except TypeError as error:
+        raise RequestError(
+            f"a prompt is a text, messages or token ids, but it holds something else: {error}", param="prompt"
+        ) from error
 
 
 def _token(event: TextDelta) -> Token:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from lamplighter_agent.engine.grammar_limits import check_work, json_schema
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.truncation import Logits
-from lamplighter_agent.errors import EngineError, RequestError
+from lamplighter_agent.errors import RequestError
 
 _JSON_OPTIONS: Final = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n]?[ ]{0,16}"}
 """White space between JSON's tokens is bounded, so that a model cannot go on with it for ever."""
@@ -77,7 +77,7 @@ class Guides:
         check_work(params)
         name, grammar = _grammar(params)
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
-        guide = Guide(matcher, self._vocab_size)
+        guide = Guide(matcher, self._vocab_size, name)
         if not matcher.is_error():
             # The lexer is built with the first mask, and shows only then what it costs.
             guide.mask(np.zeros(self._vocab_size, dtype=np.float32))
@@ -92,10 +92,12 @@ class Guide:
     Args:
         matcher: llguidance's state.
         vocab_size: Tokens that may be drawn.
+        option: The option that gave the grammar.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, option: str) -> None:
         self._matcher = matcher
+        self._option = option
         self._vocab_size = vocab_size
         self._words: NDArray[np.int32] = np.zeros((1, -(-vocab_size // 32)), dtype=np.int32)
 
@@ -108,7 +110,7 @@ class Guide:
         """Set the logits of tokens that the grammar does not allow to minus infinity.
 
         Raises:
-            EngineError: If the grammar turns out to be too costly.
+            RequestError: If the grammar turns out to be too costly.
         """
         fill_next_token_bitmask(self._matcher, self._words)
         self._check()
@@ -119,7 +121,7 @@ class Guide:
         """Go on behind a token that ``mask`` allowed.
 
         Raises:
-            EngineError: If it does not fit.
+            RequestError: If it does not fit.
         """
         self._matcher.consume_token(token_id)
         self._check()
@@ -128,18 +130,18 @@ class Guide:
         """Forget the last ``tokens`` accepted tokens.
 
         Raises:
-            EngineError: If there are fewer.
+            RequestError: If there are fewer.
         """
         self._matcher.rollback(tokens)
         self._check()
 
     def copy(self) -> Guide:
         """Return a state of its own at the same place."""
-        return Guide(self._matcher.deep_copy(), self._vocab_size)
+        return Guide(self._matcher.deep_copy(), self._vocab_size, self._option)
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise EngineError(f"the grammar failed: {_first_line(self._matcher.get_error())}")
+            raise RequestError(f"the grammar failed: {_first_line(self._matcher.get_error())}", param=self._option)
 
 
 def _grammar(params: GenerationParams) -> tuple[str, str]:

@@ -132,6 +132,12 @@ class Intake:
                     param=params.guided_by,
                     hint="pip install 'lamplighter[guidance]'",
                 )
+            if not self._plan.guidance_bytes:
+                raise RequestError(
+                    "this machine's memory plan has no room for constrained output",
+                    param=params.guided_by,
+                    hint="raise the memory budget, lower max_context_tokens, or check the answer instead",
+                )
             from lamplighter_agent.engine.guidance import Guides
 
             self._guides = Guides(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -26,6 +27,9 @@ RUNTIME_BYTES: Final = 56 * MIB
 
 TOKENIZER_ENTRY_BYTES: Final = 680
 """A loaded tokenizer by entry of its vocabulary: 31 MiB were measured for 49,152, whatever its file's size."""
+
+GUIDANCE_ENTRY_BYTES: Final = 880
+"""The grammar engine by entry of the vocabulary: 39 MiB were measured for 49,152, and 2 more with grammars in use."""
 
 LOGITS_ROWS: Final = 2
 """Copies of a row of logits that sampling holds besides the model's output."""
@@ -53,11 +57,13 @@ class MachineMemory(msgspec.Struct, frozen=True, kw_only=True):
         available_bytes: What can be allocated without swapping, the cgroup's limits counted.
         process_bytes: What this process already holds; part of a budget, not of ``available_bytes``.
         limit_bytes: The tightest cgroup limit, or None.
+        has_guidance: True if the grammar engine is installed, so that a request may load it.
     """
 
     available_bytes: int
     process_bytes: int
     limit_bytes: int | None = None
+    has_guidance: bool = False
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,6 +85,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         kv_window_bytes: What windowed layers hold at most, all slots together, if their buffers are smaller than the
             context (``windows``); ``kv_bytes_per_token`` is then that of the other layers. 0 if they are not.
         prompt_weights_bytes: The weights once more, as prompts are computed fastest (``prompt_copy``); 0 without.
+        guidance_bytes: Kept for the grammar engine, which the first constrained request loads; 0: such are refused.
     """
 
     budget_bytes: int
@@ -95,6 +102,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_dtype: CacheDtype = "float32"
     kv_window_bytes: int = 0
     prompt_weights_bytes: int = 0
+    guidance_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -105,7 +113,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def total_bytes(self) -> int:
         """Most that the engine will hold, headroom not counted."""
         weights_bytes = self.weights_bytes + self.prompt_weights_bytes
-        return self.runtime_bytes + weights_bytes + self.scratch_bytes + self.kv_bytes + self.prefix_cache_bytes
+        fixed = self.runtime_bytes + weights_bytes + self.scratch_bytes + self.guidance_bytes
+        return fixed + self.kv_bytes + self.prefix_cache_bytes
 
 
 def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptions) -> MemoryPlan:
@@ -134,7 +143,12 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
     scratch = _scratch_bytes(manifest, chunk, slots)
     runtime = RUNTIME_BYTES + TOKENIZER_ENTRY_BYTES * model.vocab_size
     free = budget - (runtime + manifest.memory.weights_bytes + scratch + headroom)
-    cache = _choose_cache(manifest, options, free, smallest=smallest, wanted=wanted)
+    guidance = GUIDANCE_ENTRY_BYTES * model.vocab_size if machine.has_guidance else 0
+    cache = _choose_cache(manifest, options, free - guidance, smallest=smallest, wanted=wanted)
+    if guidance and cache.tokens < max(smallest, min(GOOD_CONTEXT_TOKENS, wanted)):
+        # Answers come before answers of a given form.
+        guidance = 0
+        cache = _choose_cache(manifest, options, free, smallest=smallest, wanted=wanted)
     if cache.windowed_slots is not None and model.sliding_window is not None:
         slots, chunk = cache.windowed_slots, min(chunk, model.sliding_window)
     if cache.tokens < smallest:
@@ -157,6 +171,7 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
         prefill_chunk_tokens=chunk,
         prefix_cache_bytes=cache.prefix_bytes,
         kv_window_bytes=cache.window_bytes,
+        guidance_bytes=guidance,
     )
 
 
@@ -182,7 +197,10 @@ def read_machine_memory(root: Path = Path("/")) -> MachineMemory:
         limit = level.limit_bytes if limit is None else min(limit, level.limit_bytes)
         available = min(available, level.free_bytes)
     return MachineMemory(
-        available_bytes=available, process_bytes=psutil.Process(os.getpid()).memory_info().rss, limit_bytes=limit
+        available_bytes=available,
+        process_bytes=psutil.Process(os.getpid()).memory_info().rss,
+        limit_bytes=limit,
+        has_guidance=importlib.util.find_spec("llguidance") is not None,
     )
 
 

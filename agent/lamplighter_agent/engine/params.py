@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Final, Literal
 
 import msgspec
@@ -127,12 +128,24 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         given = _given_grammars(self)
         return given[0] if given else None
 
+    @property
+    def restricting(self) -> str | None:
+        """The first option given that can leave no token to draw, or None."""
+        given = (
+            (self.guided_by or "", self.guided_by is not None),
+            ("banned_words", bool(self.banned_words)),
+            ("no_repeat_ngram_size", self.no_repeat_ngram_size > 0),
+            ("logit_bias", bool(self.logit_bias)),
+        )
+        return next((name for name, is_given in given if is_given), None)
+
     def validate(self) -> None:
         """Check every option's range and that the options agree with each other.
 
         Raises:
             RequestError: With ``param`` set to the option; the sentence gives the value and the range.
         """
+        _check_types(self)
         _check_ranges(self)
         _check_texts(self)
         _check_stops_and_bias(self)
@@ -185,6 +198,17 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
                 defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty
             ),
         )
+
+
+def _check_types(params: GenerationParams) -> None:
+    """Check types, which a struct that is made in Python does not: ``stop="END"`` would be three stop texts."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(params), GenerationParams)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).partition(" - at ")
+        found = re.search(r"\$\.(\w+)", path)
+        name = found[1] if found else None
+        raise RequestError(f"{name or 'an option'} is not of its type: {what}", param=name) from error
 
 
 def _check_ranges(params: GenerationParams) -> None:

@@ -32,7 +32,7 @@ from lamplighter_agent.engine.truncation import (
     top_candidates,
 )
 from lamplighter_agent.engine.words import Words
-from lamplighter_agent.errors import EngineError
+from lamplighter_agent.errors import EngineError, RequestError
 
 Scorer = Callable[[TokenIds, Logits], Logits | None]
 """A caller's own rule: sees the tokens so far, int64 [n], and the logits, float32 [vocab_size]; changes them in place
@@ -164,7 +164,8 @@ class Sampler:
             The token id, and its log-probability if the request asked for log-probabilities.
 
         Raises:
-            EngineError: If the model or the scorer gave NaN or infinity, or the options leave no token.
+            EngineError: If the model gave NaN or infinity.
+            RequestError: If the options leave no token, or the scorer fails.
         """
         raw = logits[: self._vocab_size]
         if not math.isfinite(float(raw.max())):
@@ -188,7 +189,7 @@ class Sampler:
         """Return the logits after all rules; the same array where there are none.
 
         Raises:
-            EngineError: If the scorer gave NaN or another shape, or the rules leave no token.
+            RequestError: If the scorer raised, gave NaN or another shape, or the rules leave no token.
         """
         if not self.processors and self._scorer is None and self._constraint is None:
             return raw
@@ -200,20 +201,26 @@ class Sampler:
         if self._constraint is not None:
             self._constraint.mask(logits)
         if float(logits.max()) == -math.inf:
-            raise EngineError(
+            raise RequestError(
                 f"the request's options leave no token to draw, at generated token {self.history.generated + 1}",
+                param=self.params.restricting or "scorer",
                 hint="banned words, n-gram bans, logit_bias and a grammar can contradict each other",
             )
         return logits
 
     def _score(self, logits: Logits) -> Logits:
         assert self._scorer is not None
-        returned = self._scorer(self.history.tokens, logits)
-        scored = logits if returned is None else np.asarray(returned, dtype=np.float32)
+        try:
+            returned = self._scorer(self.history.tokens, logits)
+            scored = logits if returned is None else np.asarray(returned, dtype=np.float32)
+        except Exception as error:  # the caller's own code, which must not take other requests down
+            raise RequestError(f"the scorer raised {type(error).__name__}: {error}", param="scorer") from error
         if scored.shape != logits.shape:
-            raise EngineError(f"the scorer returned shape {list(scored.shape)}, but must return {list(logits.shape)}")
+            raise RequestError(
+                f"the scorer returned shape {list(scored.shape)}, but must return {list(logits.shape)}", param="scorer"
+            )
         if math.isnan(float(scored.max())):
-            raise EngineError("the scorer returned NaN")
+            raise RequestError("the scorer returned NaN", param="scorer")
         return scored
 
     def _choose_or_force(self, raw: Logits) -> int:

@@ -317,7 +317,7 @@ class Scheduler:
             now = self._clock()
             try:
                 drawn, reason = sequence.take(row, now)
-            except EngineError as error:
+            except (EngineError, RequestError) as error:
                 self._fail(sequence, error, events)
                 continue
             events += drawn
@@ -328,7 +328,7 @@ class Scheduler:
         now, cache = self._clock(), self._runner.cache
         try:
             moves, reason = leader.take_beams(rows, now)
-        except EngineError as error:
+        except (EngineError, RequestError) as error:
             self._fail(leader, error, events)
             return
         for source, target in moves:
@@ -377,9 +377,10 @@ class Scheduler:
         for ended in self._all_of(sequence) if sequence.together else [sequence]:
             self._remove(ended)
 
-    def _fail(self, sequence: Sequence, error: EngineError, events: list[Event]) -> None:
+    def _fail(self, sequence: Sequence, error: EngineError | RequestError, events: list[Event]) -> None:
         if self._holds(sequence):
-            events.append(Failed(sequence.request_id, error.reason, error.message))
+            code, param = (error.code, error.param) if isinstance(error, RequestError) else (None, None)
+            events.append(Failed(sequence.request_id, error.reason, error.message, error.hint, code, param))
         for ended in self._all_of(sequence):
             self._remove(ended, keep=False)
 

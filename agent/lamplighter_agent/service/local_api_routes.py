@@ -28,12 +28,14 @@ from lamplighter_agent.service.openai_answer import Answering, embeddings
 from lamplighter_agent.service.openai_format import (
     ChatRequest,
     CompletionRequest,
+    DetokenizeRequest,
     EmbeddingRequest,
     JsonObject,
     TokenizeRequest,
     decode_body,
     error_object,
 )
+from lamplighter_agent.service.worker import EngineWorker
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ class Routes:
             Route("/v1/models", self._models),
             Route("/v1/models/{name:path}", self._model),
             Route("/tokenize", self._tokenize, methods=["POST"]),
+            Route("/detokenize", self._detokenize, methods=["POST"]),
             Route("/health", self._health),
             Route("/status", self._status),
             Route("/metrics", self._metrics),
@@ -183,11 +186,18 @@ class Routes:
 
     async def _tokenize(self, request: Request) -> Response:
         body = decode_body(await self._read(request), TokenizeRequest)
+        tokens = await self._worker().tokenize(body.to_prompt())
+        return _json({"tokens": tokens, "count": len(tokens)})
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = decode_body(await self._read(request), DetokenizeRequest)
+        return _json({"prompt": await self._worker().detokenize(body.tokens)})
+
+    def _worker(self) -> EngineWorker:
         worker = self._requests.worker
         if worker is None:
             raise RequestError("no package is ready", code=503, retry_after_s=2.0)
-        tokens = await worker.tokenize(body.to_prompt())
-        return _json({"tokens": tokens, "count": len(tokens)})
+        return worker
 
     async def _health(self, _request: Request) -> Response:
         ready = self._facts.ready()

@@ -305,6 +305,13 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         return Prompt(text=self.prompt, raw=True)
 
 
+class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Body of ``/detokenize``: token ids."""
+
+    tokens: tuple[int, ...]
+    model: str | None = None
+
+
 def decode_body(body: bytes, kind: type[_T]) -> _T:
     """Read a request's body.
 

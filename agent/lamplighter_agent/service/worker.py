@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ from lamplighter_agent.service.worker_messages import (
     Cancel,
     ClearCaches,
     Command,
+    Detokenize,
     Event,
     Generate,
     Load,
@@ -43,13 +44,14 @@ from lamplighter_agent.service.worker_messages import (
     Refused,
     Shutdown,
     Stats,
+    Text,
     Tokenize,
     Tokens,
-    WorkerFailure,
     decode_body,
     encode_frame,
     error_of,
     failure_of,
+    failure_of_event,
     frame_length,
 )
 
@@ -61,7 +63,8 @@ _KILL_WAIT_S: Final = 5.0
 _STALL_CHECKS: Final = 4
 
 WorkerState = Literal["new", "starting", "ready", "stopping", "ended"]
-_Answer = TextDelta | Finished | Failed | Refused | Tokens | Stats
+_Answer = TextDelta | Finished | Failed | Refused | Tokens | Text | Stats
+_T = TypeVar("_T", Tokens, Text, Stats)
 _Stream = asyncio.Queue[_Answer]
 
 
@@ -180,7 +183,7 @@ class EngineWorker:
                     raise error_of(event.failure)
                 if isinstance(event, Failed):
                     finished = True
-                    raise error_of(WorkerFailure(reason=event.reason, message=event.message))
+                    raise error_of(failure_of_event(event))
                 if isinstance(event, TextDelta | Finished):
                     finished = isinstance(event, Finished)
                     yield event
@@ -202,10 +205,17 @@ class EngineWorker:
             WorkerError: If the worker ends or does not answer in time.
         """
         number = f"tokenize-{next(self._numbers)}"
-        event = await self._ask(Tokenize(request_id=number, prompt=prompt))
-        if not isinstance(event, Tokens):
-            raise WorkerError(f"the engine worker answered {type(event).__name__} to a question for tokens")
-        return event.tokens
+        return (await self._ask_for(Tokens, Tokenize(request_id=number, prompt=prompt))).tokens
+
+    async def detokenize(self, tokens: tuple[int, ...]) -> str:
+        """Return the text of tokens, special ones left out.
+
+        Raises:
+            RequestError: If one is outside the vocabulary.
+            WorkerError: If the worker ends or does not answer in time.
+        """
+        number = f"detokenize-{next(self._numbers)}"
+        return (await self._ask_for(Text, Detokenize(request_id=number, tokens=tokens))).text
 
     async def stats(self) -> Stats:
         """Return the worker's memory use.
@@ -213,7 +223,7 @@ class EngineWorker:
         Raises:
             WorkerError: If the worker ends or does not answer in time.
         """
-        return await self._ask_stats(AskStats(request_id=f"stats-{next(self._numbers)}"))
+        return await self._ask_for(Stats, AskStats(request_id=f"stats-{next(self._numbers)}"))
 
     async def clear_caches(self) -> Stats:
         """Forget the prefixes of earlier prompts; return the worker's state afterwards.
@@ -221,13 +231,7 @@ class EngineWorker:
         Raises:
             WorkerError: If the worker ends or does not answer in time.
         """
-        return await self._ask_stats(ClearCaches(request_id=f"clear-{next(self._numbers)}"))
-
-    async def _ask_stats(self, command: AskStats | ClearCaches) -> Stats:
-        event = await self._ask(command)
-        if not isinstance(event, Stats):
-            raise WorkerError(f"the engine worker answered {type(event).__name__} to a question for its state")
-        return event
+        return await self._ask_for(Stats, ClearCaches(request_id=f"clear-{next(self._numbers)}"))
 
     async def stop(self, grace_s: float = 10.0) -> None:
         """End the process: let requests under way finish for ``grace_s``, then ask it to end, then kill it."""
@@ -344,7 +348,7 @@ class EngineWorker:
                     await task
         self._tasks.clear()
 
-    async def _ask(self, command: Tokenize | AskStats | ClearCaches) -> _Answer:
+    async def _ask_for(self, kind: type[_T], command: Tokenize | Detokenize | AskStats | ClearCaches) -> _T:
         stream = self._open(command.request_id)
         try:
             await self._send(command)
@@ -355,6 +359,8 @@ class EngineWorker:
             self._forget(command.request_id)
         if isinstance(event, Refused):
             raise error_of(event.failure)
+        if not isinstance(event, kind):
+            raise WorkerError(f"the engine worker answered {type(command).__name__} with {type(event).__name__}")
         return event
 
     def _open(self, request_id: str) -> _Stream:

@@ -8,6 +8,7 @@ from lamplighter_agent.engine.events import Event
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.errors import RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.service.worker_messages import CacheUse, Load, Prompt
 
@@ -51,6 +52,18 @@ class PackageEngine:
         if prompt.raw or self._engine.manifest.chat_format is None:
             return self._engine.encode_prompt(text)
         return self._engine.encode_prompt([ChatMessage("user", text)])
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, special ones left out.
+
+        Raises:
+            RequestError: If one is outside the vocabulary.
+        """
+        size = self._engine.tokenizer.vocab_size
+        foreign = next((token_id for token_id in tokens if not 0 <= token_id < size), None)
+        if foreign is not None:
+            raise RequestError(f"token {foreign} is outside the vocabulary of {size}", param="tokens")
+        return self._engine.tokenizer.decode(tokens)
 
     def submit(self, request_id: str, tokens: list[int], params: GenerationParams) -> None:
         """Accept a request.

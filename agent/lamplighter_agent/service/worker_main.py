@@ -33,6 +33,7 @@ from lamplighter_agent.service.worker_messages import (
     Cancel,
     ClearCaches,
     Command,
+    Detokenize,
     Event,
     Generate,
     Load,
@@ -43,6 +44,7 @@ from lamplighter_agent.service.worker_messages import (
     Refused,
     Shutdown,
     Stats,
+    Text,
     Tokenize,
     Tokens,
     decode_body,
@@ -80,6 +82,9 @@ class ServedEngine(Protocol):
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens."""
 
     def submit(self, request_id: str, tokens: list[int], params: GenerationParams) -> None:
         """Accept a request."""
@@ -198,6 +203,11 @@ class WorkerProcess:
                 self._try(
                     request_id,
                     lambda: self._send(Tokens(request_id=request_id, tokens=tuple(engine.encode(prompt)))),
+                )
+            case Detokenize(request_id=request_id, tokens=tokens):
+                self._try(
+                    request_id,
+                    lambda: self._send(Text(request_id=request_id, text=engine.decode(list(tokens)))),
                 )
             case AskStats(request_id=request_id):
                 self._tell_stats(engine, request_id)

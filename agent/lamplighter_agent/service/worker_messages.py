@@ -96,6 +96,13 @@ class Tokenize(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     prompt: Prompt
 
 
+class Detokenize(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Ask for the text of tokens; ``Text`` or ``Refused`` follows."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+
+
 class AskStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Ask for ``Stats``."""
 
@@ -160,6 +167,13 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: tuple[int, ...]
 
 
+class Text(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The text of tokens."""
+
+    request_id: str
+    text: str
+
+
 class CacheUse(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine's caches hold: tokens of running requests, and bytes of prefixes kept for later ones."""
 
@@ -178,15 +192,15 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     freed_bytes: int = 0
 
 
-Command: TypeAlias = Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Ping | Shutdown
-Event: TypeAlias = Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Stats
+Command: TypeAlias = Load | Generate | Cancel | Tokenize | Detokenize | AskStats | ClearCaches | Ping | Shutdown
+Event: TypeAlias = Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Text | Stats
 _T = TypeVar("_T")
 
 COMMANDS: Final[msgspec.msgpack.Decoder[Command]] = msgspec.msgpack.Decoder(
-    Load | Generate | Cancel | Tokenize | AskStats | ClearCaches | Ping | Shutdown
+    Load | Generate | Cancel | Tokenize | Detokenize | AskStats | ClearCaches | Ping | Shutdown
 )
 EVENTS: Final[msgspec.msgpack.Decoder[Event]] = msgspec.msgpack.Decoder(
-    Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Stats
+    Ready | LoadFailed | Alive | TextDelta | Finished | Failed | Refused | Tokens | Text | Stats
 )
 
 
@@ -236,6 +250,13 @@ def failure_of(error: LamplighterError) -> WorkerFailure:
         code=request.code if request else None,
         param=request.param if request else None,
         retry_after_s=request.retry_after_s if request else None,
+    )
+
+
+def failure_of_event(event: Failed) -> WorkerFailure:
+    """Return what ended a request in the form of ``failure_of``."""
+    return WorkerFailure(
+        reason=event.reason, message=event.message, hint=event.hint, code=event.code, param=event.param
     )
 
 

@@ -102,11 +102,30 @@ def test_generations_can_be_iterated_by_turns(engine: Engine) -> None:
     assert [two.token_id for _, two in pairs[:-1]] == run(engine, [5, 6], GREEDY)[0]
 
 
+def test_a_generation_that_is_never_asked_for_a_token_ends_when_it_is_dropped(engine: Engine) -> None:
+    tokens = engine.generate(LONG, GREEDY)
+    assert not engine.scheduler.idle
+    del tokens
+    assert engine.scheduler.waiting == 0
+    closed = engine.generate(LONG, GREEDY)
+    closed.close()
+    assert list(closed) == []
+    assert engine.scheduler.waiting == 0
+
+
+def test_token_ids_may_be_numpys_and_nothing_else_is_dropped_silently(engine: Engine) -> None:
+    assert run(engine, list(np.array(LONG)), GREEDY)[0] == run(engine, LONG, GREEDY)[0]
+    for prompt in ([5, 1.5], [5, "6"], [ChatMessage("user", "x"), 5]):
+        with pytest.raises(RequestError, match="something else") as caught:
+            engine.generate(prompt, GREEDY)  # type: ignore[arg-type]
+        assert caught.value.param == "prompt"
+
+
 def test_ceasing_to_iterate_frees_the_slot(engine: Engine) -> None:
     generation = engine.generate(LONG, msgspec.structs.replace(GREEDY, max_tokens=100))
     assert isinstance(next(generation), Token)
     assert engine.scheduler.running == 1
-    generation.close()  # type: ignore[attr-defined]
+    generation.close()
     assert engine.scheduler.running == 0
     assert engine.scheduler.used_tokens == 0
 

@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.guidance import Guides
+from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
-from lamplighter_agent.errors import EngineError, RequestError
+from lamplighter_agent.errors import RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
 from support.toy_engine import byte_level_tokenizer
 
@@ -111,7 +113,7 @@ def test_a_copy_goes_its_own_way_and_a_rewound_guide_goes_back(guides: Guides) -
     assert (first.complete, twin.complete) == (True, True)
     first.rewind(1)
     assert not first.complete
-    with pytest.raises(EngineError, match="the grammar failed"):
+    with pytest.raises(RequestError, match="the grammar failed"):
         first.accept(a)
 
 
@@ -150,8 +152,9 @@ def test_a_complete_text_ends_before_min_tokens(engine: Engine) -> None:
 
 
 def test_a_grammar_that_other_options_contradict_fails_the_request(engine: Engine) -> None:
-    with pytest.raises(EngineError, match="leave no token to draw"):
+    with pytest.raises(RequestError, match="leave no token to draw") as caught:
         generate(engine, guided_regex="[a]+", banned_words=("a",), max_tokens=5)
+    assert (caught.value.code, caught.value.param) == (400, "guided_regex")
 
 
 @pytest.mark.parametrize(
@@ -210,10 +213,19 @@ def test_a_hostile_grammar_ends_its_own_request_and_no_other(engine: Engine, nam
     """Some are found out when they arrive, some by the step that would become too costly."""
     other = engine.generate([5, 6, 7], GenerationParams(max_tokens=30, temperature=0.0, ignore_eos=True))
     next(other)
-    with pytest.raises((RequestError, EngineError), match=r"cannot be (used|read)|the grammar failed"):
+    with pytest.raises(RequestError, match=r"cannot be (used|read)|the grammar failed"):
         generate(engine, max_tokens=5, **HOSTILE[name])
     assert sum(1 for _ in other) == 30
     assert engine.scheduler.idle
+
+
+def test_without_room_in_the_plan_constrained_output_is_refused(tiny_package: Path) -> None:
+    engine = Engine.load(tiny_package, options=EngineOptions(max_context_tokens=64, slots=1, threads=1))
+    plan = msgspec.structs.replace(engine.plan, guidance_bytes=0)
+    intake = Intake(TOKENIZER, defaults=engine.manifest.generation, plan=plan, vocab_size=8)
+    with pytest.raises(RequestError, match="memory plan has no room for constrained output") as caught:
+        intake.sequence("a", [5], GenerationParams(guided_regex="a"), now=0.0)
+    assert caught.value.param == "guided_regex"
 
 
 def test_without_the_extra_a_request_is_told_what_to_install(

@@ -121,6 +121,22 @@ def test_logits_are_shown_and_a_token_of_ones_own_is_taken(engine: Engine) -> No
     assert following == cold(engine, [*PROMPT, second], GREEDY)[:5]
 
 
+def test_a_scorer_that_raises_ends_its_own_request_and_no_other(engine: Engine) -> None:
+    def broken(_tokens: object, _logits: object) -> None:
+        raise KeyError("no such thing")
+
+    other = engine.generate(PROMPT, SEEDED)
+    next(other)
+    with pytest.raises(RequestError, match="the scorer raised KeyError: 'no such thing'") as caught:
+        list(engine.generate(PROMPT, SEEDED, scorer=broken))
+    assert (caught.value.code, caught.value.param) == (400, "scorer")
+    assert list(other)[-1].finished is not None
+    with engine.open(PROMPT, SEEDED, scorer=broken) as live, pytest.raises(RequestError) as raised:
+        live.next()
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert engine.scheduler.idle
+
+
 def test_a_scorer_takes_part_in_requests_and_loops(engine: Engine) -> None:
     seen: list[int] = []
 
@@ -182,7 +198,7 @@ def test_slots_are_lent_and_given_back(engine: Engine) -> None:
     next(running)
     with pytest.raises(RequestError, match="all 3 slots of the memory plan are in use"):
         engine.open(MORE, GREEDY)
-    running.close()  # type: ignore[attr-defined]
+    running.close()
     assert [item.token_id for item in three] == [item.token_id for item in two] == cold(engine, MORE, GREEDY)
     for live in (one, two, three):
         live.close()

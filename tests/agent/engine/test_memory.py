@@ -7,6 +7,7 @@ import pytest
 
 from lamplighter_agent.engine import cgroup, memory
 from lamplighter_agent.engine.memory import (
+    GUIDANCE_ENTRY_BYTES,
     MIB,
     RUNTIME_BYTES,
     TOKENIZER_ENTRY_BYTES,
@@ -57,6 +58,16 @@ def test_a_large_machine_gets_the_default_slots_and_context() -> None:
     assert (plan.slots, plan.max_context_tokens, plan.kv_tokens) == (4, 4096, 4 * 4096)
     assert plan.kv_bytes == 4 * 4096 * 46080
     assert plan.total_bytes + plan.headroom_bytes <= plan.budget_bytes
+
+
+def test_the_grammar_engine_has_its_place_where_it_is_installed_and_leaves_a_good_context() -> None:
+    large = msgspec.structs.replace(machine(1 * GIB), has_guidance=True)
+    with_it, without = (plan_memory(manifest(), one, EngineOptions()) for one in (large, machine(1 * GIB)))
+    assert (with_it.guidance_bytes, without.guidance_bytes) == (49152 * GUIDANCE_ENTRY_BYTES, 0)
+    assert with_it.total_bytes + with_it.headroom_bytes <= with_it.budget_bytes
+    small = msgspec.structs.replace(machine(300 * MIB), has_guidance=True)
+    assert plan_memory(manifest(), small, EngineOptions()).guidance_bytes == 0
+    assert plan_memory(manifest(), small, EngineOptions()).kv_tokens > 256
 
 
 def test_a_small_machine_shares_fewer_tokens_between_its_slots() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -136,3 +137,20 @@ def test_an_engine_option_out_of_range_is_refused_by_name(option: str, value: in
     options = msgspec.structs.replace(EngineOptions(), **{option: value})
     with pytest.raises(ConfigError, match=f"{option} is {value}"):
         options.validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 5.5}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"stop": "END"}, "stop"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias"),
+        ({"on_context_full": "wrap"}, "on_context_full"),
+    ],
+)
+def test_an_option_of_another_type_is_refused_by_name(options: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError, match=f"{param} is not of its type: ") as caught:
+        GenerationParams(**options).validate()
+    assert (caught.value.code, caught.value.param) == (400, param)

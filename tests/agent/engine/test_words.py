@@ -8,7 +8,7 @@ from lamplighter_agent.engine.history import History, TokenIds
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.sampling import Hooks, Sampler, Scorer
 from lamplighter_agent.engine.words import resolve_words
-from lamplighter_agent.errors import EngineError, RequestError
+from lamplighter_agent.errors import RequestError
 from support.toy_engine import byte_level_tokenizer
 
 CODEC = byte_level_tokenizer()
@@ -107,10 +107,10 @@ def test_a_scorer_sees_the_tokens_and_changes_the_logits_in_place_or_by_return()
     ("returned", "message"), [(np.zeros(3), "returned shape"), (np.full(VOCAB, np.nan), "returned NaN")]
 )
 def test_what_a_scorer_returns_is_checked(returned: NDArray[np.float32], message: str) -> None:
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(RequestError, match=message):
         written("abc", options(), scorer=lambda tokens, logits: returned)
 
 
 def test_options_that_leave_no_token_are_an_error() -> None:
-    with pytest.raises(EngineError, match="leave no token to draw, at generated token 1"):
+    with pytest.raises(RequestError, match="leave no token to draw, at generated token 1"):
         written("abc", options(), scorer=lambda tokens, logits: np.full_like(logits, -np.inf))

@@ -123,6 +123,9 @@ def test_models_health_tokenize_status_and_metrics(http: httpx.Client, client: o
     health = {"status": "ok", "worker": "ready", "package": "fake/1", "identify": False, "memory": None}
     assert http.get("/health").json() == health
     assert http.post("/tokenize", json={"prompt": "abc"}).json() == {"tokens": [97, 98, 99], "count": 3}
+    assert http.post("/detokenize", json={"tokens": [97, 98, 99]}).json() == {"prompt": "abc"}
+    refused = http.post("/detokenize", json={"tokens": [97, 2**40]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tokens")
     http.post("/v1/completions", json={"prompt": "abc"})
     status = http.get("/status").json()
     assert (status["requests_total"], status["generated_tokens_total"]) == (1, 13)
@@ -146,6 +149,7 @@ def test_models_health_tokenize_status_and_metrics(http: httpx.Client, client: o
         (b'{"messages": [{"role": "user", "content": "/refuse"}]}', 400, "prompt"),
         (b'{"messages": [{"role": "user", "content": "/refuse"}], "stream": true}', 400, "prompt"),
         (b'{"messages": [{"role": "user", "content": "/fail"}]}', 500, None),
+        (b'{"messages": [{"role": "user", "content": "/contradict"}]}', 400, "banned_words"),
         (b'{"messages": [{"role": "user", "content": "/crash"}]}', 503, None),
         (b'{"messages":' + b"[" * 40_000, 400, None),
         (b" " * 200_000, 413, None),
