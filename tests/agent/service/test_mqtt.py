@@ -171,6 +171,27 @@ def test_too_many_prompts_are_refused_with_429(box: MqttBox, client: Callable[..
     assert codes == [200, 200, 499, 499]
 
 
+def test_in_a_flood_every_prompt_is_answered_or_refused_and_commands_get_through(
+    box: MqttBox, client: Callable[..., TestClient]
+) -> None:
+    operator_reply = "lamplighter/v1/reply/fleet/flood"
+    app, operator = client(REPLY), client(operator_reply)
+    ids = [f"f{number}" for number in range(150)]
+    for number, request_id in enumerate(ids):
+        prompt = {"id": request_id, "prompt": "flood", "reply_to": REPLY, "stream": False}
+        app.publish(f"{DEVICE}/prompt", json.dumps(prompt))
+        if number % 50 == 0:
+            command = {"id": f"c{number}", "command": "ping", "reply_to": operator_reply}
+            operator.publish(f"{DEVICE}/command", json.dumps(command))
+    ended = [read_answer(app)[1] for _ in ids]
+    assert sorted(answer["id"] for answer in ended) == sorted(ids)
+    assert {answer.get("code", 200) for answer in ended} == {200, 429}
+    done = [read_answer(operator, operator_reply)[1] for _ in range(3)]
+    assert [(answer["type"], answer["id"]) for answer in done] == [
+        ("result", f"c{number}") for number in range(0, 150, 50)
+    ]
+
+
 @pytest.mark.parametrize(
     "reply_to",
     ["lamplighter/v1/device/box2/command", "lamplighter/v1/reply/", "lamplighter/v1/reply/+/x", "elsewhere"],
