@@ -203,7 +203,9 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 def _check_types(params: GenerationParams) -> None:
     """Check types, which a struct that is made in Python does not: ``stop="END"`` would be three stop texts."""
     try:
-        msgspec.convert(msgspec.structs.asdict(params), GenerationParams)
+        # A message that has these options among its fields is checked by its own decoder for the rest.
+        values = msgspec.structs.asdict(params)
+        msgspec.convert({name: values[name] for name in GenerationParams.__struct_fields__}, GenerationParams)
     except msgspec.ValidationError as error:
         what, _, path = str(error).partition(" - at ")
         found = re.search(r"\$\.(\w+)", path)
