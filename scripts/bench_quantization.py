@@ -117,8 +117,9 @@ class Bench:
         self.listener = Calibrator(self.checkpoint, self.windows, self.progress)
         self.sensitivities: Mapping[str, Sensitivity] = self.listener.listen()
         self.choices = self.listener.weigh(packed_matrices(self.graph), self.sensitivities)
+        context = self.facts.max_position_embeddings
         self.references = [
-            Reference(self.checkpoint, evaluation_windows(tokenizer, text), (), self.progress)
+            Reference(self.checkpoint, evaluation_windows(tokenizer, text, context), (), self.progress)
             for text in (None, *texts)
         ]
 

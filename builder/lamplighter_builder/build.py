@@ -260,7 +260,7 @@ def examine_written(
         outline.facts,
         outline.target,
     )
-    windows = evaluation_windows(outline.tokenizer, None)
+    windows = evaluation_windows(outline.tokenizer, None, outline.facts.max_position_embeddings)
 
     def open_reference(answers: Sequence[Answer]) -> Reference:
         return Reference(checkpoint, windows, answers, progress)

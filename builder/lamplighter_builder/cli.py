@@ -80,6 +80,14 @@ def _positive(text: str) -> float:
     return number
 
 
+def _not_negative(text: str) -> float:
+    """Read zero or a positive finite number."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is neither zero nor a positive number")
+    return number
+
+
 def _add_quantization(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "-q", "--quantizer", choices=QUANTIZERS, help="how matrices are rounded (default: least-squares)"
@@ -101,7 +109,9 @@ def _add_quantization(build: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="UTF-8 text to listen to instead of the builder's own; implies -q gptq; may be repeated",
     )
-    build.add_argument("--max-kl", type=_positive, metavar="NATS", help="fail if the package diverges more than this")
+    build.add_argument(
+        "--max-kl", type=_not_negative, metavar="NATS", help="fail if the package diverges more than this"
+    )
     build.add_argument("--no-fidelity", action="store_true", help="do not compare the package with the checkpoint")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -41,30 +41,33 @@ def evaluate_packages(
     """
     if len(set(packages)) < len(packages):
         raise ConfigError("a package is named twice", hint="name each once")
-    models = [_model_of(package) for package in packages]
+    loaders = [_loader(package) for package in packages]
     files = checkpoint.tokenizer()
     tokenizer = load_tokenizer(files, checkpoint.config.integer("vocab_size"))
     for package in packages:
         _check_vocabulary(package, tokenizer, checkpoint)
-    windows = evaluation_windows(tokenizer, text)
+    context = checkpoint.config.integer("max_position_embeddings")
+    windows = evaluation_windows(tokenizer, text, context)
     eos = frozenset(generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer).eos_token_ids)
     prompts = [encode_prompt(prompt, tokenizer, _chat_format(files)) for prompt in PROMPTS]
-    answers = [generate_answers(Runner(model), prompts, eos, progress) for model in models]
+    answers = [generate_answers(load(), prompts, eos, context, progress) for load in loaders]
     reference = Reference(checkpoint, windows, [answer for found in answers for answer in found], progress)
     results = []
-    for index, model in enumerate(models):
+    for index, load in enumerate(loaders):
         choices = reference.choices[index * len(prompts) : (index + 1) * len(prompts)]
-        results.append(reference.compare(model, Runner(model), compare_answers(answers[index], choices), progress))
+        results.append(reference.compare(load(), compare_answers(answers[index], choices), progress))
     return results
 
 
-def _model_of(package: Path) -> Path:
-    """Return the model file of a package, or of a model folder, which names it itself."""
+def _loader(package: Path) -> Callable[[], Runner]:
+    """Return what loads the model of a package, or of a model folder, which names it itself."""
     if (package / GENAI_CONFIG_NAME).is_file() and not (package / MANIFEST_NAME).is_file():
-        return read_genai_folder(package).model_path
+        folder = read_genai_folder(package)
+        heads = folder.decoder.integer("num_key_value_heads"), folder.decoder.integer("head_size")
+        return lambda: Runner(folder.model_path, cache_heads=heads)
     if not (package / MODEL_NAME).is_file():
         raise MissingFileError(f"{package}: there is no {MODEL_NAME}", hint="give the directory of a package")
-    return package / MODEL_NAME
+    return lambda: Runner(package / MODEL_NAME)
 
 
 def _check_vocabulary(package: Path, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

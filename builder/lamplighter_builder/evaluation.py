@@ -23,7 +23,7 @@ from lamplighter_builder.quantization.calibration import TokenArray, cut_windows
 from lamplighter_builder.quantization.fidelity import Tally
 from lamplighter_builder.quantization.page import render_page
 from lamplighter_builder.quantization.report import Report
-from lamplighter_builder.runner import EXACT_ACTIVATIONS, Runner, has_accuracy_level
+from lamplighter_builder.runner import EXACT_ACTIVATIONS, Runner
 from lamplighter_builder.streamed_model import StreamedModel
 
 _MAX_WINDOWS: Final = 64
@@ -71,12 +71,11 @@ class Reference:
         self._states = states[: len(windows), : windows.shape[1]].clone()
         self.choices = [self._choices(answer, states[len(windows) + index]) for index, answer in enumerate(answers)]
 
-    def compare(self, model: Path, runner: Runner, generation: GenerationFidelity, progress: Progress) -> Fidelity:
+    def compare(self, runner: Runner, generation: GenerationFidelity, progress: Progress) -> Fidelity:
         """Compare a package with the reference.
 
         Args:
-            model: Its model file.
-            runner: The same, loaded.
+            runner: Its model, loaded.
             generation: What came of its answers.
             progress: Hears of the work.
 
@@ -88,10 +87,10 @@ class Reference:
         rounded, exact = Tally(), Tally()
         tally = self.tally(runner, progress, dict.fromkeys(sample, rounded))
         fidelity = msgspec.structs.replace(tally.summary(self.name), generation=generation)
-        if not has_accuracy_level(model):
+        if not runner.has_accuracy_level():
             return fidelity
         progress.stage("fidelity: level 1", len(sample))
-        exact_runner = Runner(model, accuracy_level=EXACT_ACTIVATIONS)
+        exact_runner = runner.with_accuracy_level(EXACT_ACTIVATIONS)
         for index in sample:
             self._add([exact], index, exact_runner)
             progress.advance(1)
@@ -171,8 +170,10 @@ def write_report(writer: PackageWriter, package: str, fidelity: Fidelity, calibr
     writer.write("fidelity.html", render_page(report))
 
 
-def evaluation_windows(tokenizer: Tokenizer, text: Path | None) -> TokenArray:
+def evaluation_windows(tokenizer: Tokenizer, text: Path | None, context: int) -> TokenArray:
     """Return the tokens to compare on, int64 [B, S]: a user's text, or the one that comes with the builder.
+
+    Windows are as long as ``context``, the model's ``max_position_embeddings``, at most.
 
     Raises:
         ConfigError: If the text cannot be read, is not UTF-8, or empty.
@@ -187,4 +188,4 @@ def evaluation_windows(tokenizer: Tokenizer, text: Path | None) -> TokenArray:
         windows = np.array([encode("".join(texts))], dtype=np.int64)
         if windows.size < _MIN_TOKENS:
             raise ConfigError(f"{text}: holds no text to compare on", hint="give a longer text")
-    return windows[:_MAX_WINDOWS]
+    return windows[:_MAX_WINDOWS, :context]

@@ -77,8 +77,9 @@ def examine(subject: Subject, open_reference: OpenReference | None, progress: Pr
 
 def _compare(subject: Subject, runner: Runner, open_reference: OpenReference, progress: Progress) -> Fidelity | None:
     prompts = [encode_prompt(prompt, subject.tokenizer, subject.chat_format) for prompt in PROMPTS]
-    answers = generate_answers(runner, prompts, frozenset(subject.generation.eos_token_ids), progress)
+    eos, context = frozenset(subject.generation.eos_token_ids), subject.facts.max_position_embeddings
+    answers = generate_answers(runner, prompts, eos, context, progress)
     reference = open_reference(answers)
     if reference is None:
         return None
-    return reference.compare(subject.model, runner, compare_answers(answers, reference.choices), progress)
+    return reference.compare(runner, compare_answers(answers, reference.choices), progress)

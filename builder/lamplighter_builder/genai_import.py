@@ -39,6 +39,7 @@ from lamplighter_builder.memory import PREFILL_CHUNK_TOKENS, memory_needs
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.relocation import relocate_weights
+from lamplighter_builder.runner import keep_whole_caches
 from lamplighter_builder.self_test import load_runner, make_self_tests
 from lamplighter_builder.targets import GraphTarget
 
@@ -91,7 +92,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
         tensors = read_tensors(folder.model)
         facts = model_facts(folder, tensors)
         _state_shapes(folder.model, facts)
-        _keep_whole_caches(folder.model)
+        keep_whole_caches(folder.model)
         writer.write(MODEL_NAME, folder.model.SerializeToString(deterministic=True))
         check_graph(writer.directory / MODEL_NAME)
         writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
@@ -137,13 +138,6 @@ def _genai_config(folder: GenaiFolder) -> bytes:
     decoder["filename"] = MODEL_NAME
     config = {**folder.config, "model": {**folder.model_section.values, "decoder": decoder}}
     return (json.dumps(config, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _keep_whole_caches(model: ModelProto) -> None:
-    """Let windowed layers take a cache of any length: the agent makes it small again as it loads the graph."""
-    for node in model.graph.node:
-        for attribute in [one for one in node.attribute if one.name == "sliding_window_cache"]:
-            node.attribute.remove(attribute)
 
 
 def _state_shapes(model: ModelProto, facts: ModelFacts) -> None:

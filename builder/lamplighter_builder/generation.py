@@ -52,13 +52,17 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, chat_format: ChatFormat | N
 
 
 def generate_answers(
-    runner: Runner, prompts: Sequence[Sequence[int]], eos: frozenset[int], progress: Progress
+    runner: Runner, prompts: Sequence[Sequence[int]], eos: frozenset[int], context: int, progress: Progress
 ) -> list[Answer]:
-    """Let a package answer prompts, greedily and with a bound on length."""
+    """Let a package answer prompts, greedily and with a bound on length.
+
+    Prompts are cut to half of ``context``, the model's ``max_position_embeddings``, and answers end with it.
+    """
     progress.stage("fidelity: answers", len(prompts))
     answers = []
-    for prompt in prompts:
-        greedy = runner.greedy(list(prompt), _ANSWER_TOKENS, eos)
+    for whole in prompts:
+        prompt = whole[: context // 2]
+        greedy = runner.greedy(list(prompt), min(_ANSWER_TOKENS, context - len(prompt)), eos)
         answers.append(Answer(tuple(prompt), tuple(chosen.token for chosen in greedy)))
         progress.advance(1)
     return answers

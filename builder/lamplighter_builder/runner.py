@@ -50,17 +50,22 @@ class Runner:
     Args:
         model: The model file, its weights beside it.
         accuracy_level: How ``MatMulNBits`` computes, other than the graph says; None: as it says.
+        cache_heads: Heads and features of the cache, for a graph of onnxruntime-genai, which does not say them, and
+            whose windowed layers take caches of the window's length alone; None: as the graph says.
 
     Raises:
         BuildError: If onnxruntime cannot load the model.
     """
 
-    def __init__(self, model: Path, *, accuracy_level: int | None = None) -> None:
+    def __init__(
+        self, model: Path, *, accuracy_level: int | None = None, cache_heads: tuple[int, int] | None = None
+    ) -> None:
+        self._model, self._cache_heads = model, cache_heads
         options = onnxruntime.SessionOptions()
         source: str | bytes = str(model)
-        if accuracy_level is not None:
+        if accuracy_level is not None or cache_heads is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-            source = _with_accuracy_level(model, accuracy_level)
+            source = _changed(model, accuracy_level)
         options.log_severity_level = 3
         # The arena would keep what the longest step needed, for as long as the session lives.
         options.enable_cpu_mem_arena = False
@@ -78,15 +83,26 @@ class Runner:
         overridable = {node.name for node in self._session.get_overridable_initializers()}
         self._has_rope_tokens = "rope_tokens" in overridable
 
+    def with_accuracy_level(self, accuracy_level: int) -> Runner:
+        """Return the same model, loaded once more, computing otherwise.
+
+        Raises:
+            BuildError: If onnxruntime cannot load the model.
+        """
+        return Runner(self._model, accuracy_level=accuracy_level, cache_heads=self._cache_heads)
+
+    def has_accuracy_level(self) -> bool:
+        """Tell whether the model has products that round activations to 8 bits, and could do without."""
+        graph = onnx.load(self._model, load_external_data=False).graph
+        return any(_accuracy_level(node) == ROUNDED_ACTIVATIONS for node in graph.node)
+
     def empty_cache(self, batch_size: int = 1) -> Cache:
         """Return a cache without tokens."""
-        return Cache(
-            0,
-            {
-                node.name: np.zeros((batch_size, node.shape[1], 0, node.shape[3]), dtype=_CACHE_DTYPES[node.type])
-                for node in self._past
-            },
-        )
+        arrays: dict[str, Array] = {}
+        for node in self._past:
+            heads, head_dim = self._cache_heads or (node.shape[1], node.shape[3])
+            arrays[node.name] = np.zeros((batch_size, heads, 0, head_dim), dtype=_CACHE_DTYPES[node.type])
+        return Cache(0, arrays)
 
     def run(
         self,
@@ -156,18 +172,21 @@ class GreedyToken(NamedTuple):
     margin: float
 
 
-def has_accuracy_level(model: Path) -> bool:
-    """Tell whether a model has products that round activations to 8 bits, and could do without."""
-    graph = onnx.load(model, load_external_data=False).graph
-    return any(_accuracy_level(node) == ROUNDED_ACTIVATIONS for node in graph.node)
+def keep_whole_caches(model: onnx.ModelProto) -> None:
+    """Let windowed layers take a cache of any length: the agent makes it small again as it loads the graph."""
+    for node in model.graph.node:
+        for attribute in [one for one in node.attribute if one.name == "sliding_window_cache"]:
+            node.attribute.remove(attribute)
 
 
-def _with_accuracy_level(model: Path, level: int) -> bytes:
+def _changed(model: Path, accuracy_level: int | None) -> bytes:
+    """Return a graph that takes whole caches and computes at an accuracy level, if one is given."""
     proto = onnx.load(model, load_external_data=False)
+    keep_whole_caches(proto)
     for node in proto.graph.node:
         for attribute in node.attribute:
-            if attribute.name == _ACCURACY_LEVEL:
-                attribute.i = level
+            if attribute.name == _ACCURACY_LEVEL and accuracy_level is not None:
+                attribute.i = accuracy_level
     data: bytes = proto.SerializeToString()
     return data
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from lamplighter_agent.errors import UnsupportedModelError
-from lamplighter_agent.package.manifest import Manifest, decode_manifest
+from lamplighter_agent.package.manifest import Manifest, decode_manifest, read_manifest
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.cli import main
 from lamplighter_builder.drafts import Drafts
@@ -27,6 +28,7 @@ from lamplighter_builder.reference_tensors import read_reference_tensor
 from lamplighter_builder.streamed_model import StreamedModel
 from lamplighter_builder.weights import write_weights
 from support.families import FAMILIES, write_family_checkpoint
+from support.tiny_model import TinyShape, write_tiny_checkpoint
 
 STREAMED = sorted(FAMILIES)
 
@@ -192,17 +194,28 @@ def test_same_build_gives_the_same_bytes(calibrated: Path, tiny_checkpoint: Path
     assert (tmp_path / "again" / "model.onnx.data").read_bytes() == (calibrated / "model.onnx.data").read_bytes()
 
 
+def test_context_shorter_than_the_texts_to_compare_on(tmp_path: Path) -> None:
+    source = write_tiny_checkpoint(tmp_path / "short", TinyShape(max_position_embeddings=128))
+    assert build(source, tmp_path / "package") == 0
+    fidelity = read_manifest(tmp_path / "package").fidelity
+    assert fidelity is not None
+    assert fidelity.generation is not None
+    assert fidelity.tokens % 128 == 0  # whole windows of the context
+    assert fidelity.generation.prompts == 8
+
+
 def test_package_that_diverges_too_much_is_not_built(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert build(tiny_checkpoint, tmp_path / "package", "--max-kl", "0.000001") == 12
-    assert "but --max-kl allows 1e-06" in capsys.readouterr().err
+    assert build(tiny_checkpoint, tmp_path / "package", "--max-kl", "0") == 12
+    assert "but --max-kl allows 0" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--calibration", "/missing.txt"), "/missing.txt: cannot be read: No such file"),
         (("--target-mb", "0.05"), "with 4 bits a weight, but the budget is 0.05 MB"),
         (("--target-mb", "1", "--bits-per-weight", "5"), "name the same bound"),
         (("--max-slowdown", "10"), "needs a size to spend"),
@@ -227,9 +240,14 @@ def test_own_calibration_text_that_is_too_short(
     assert "give more text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--target-mb", "--bits-per-weight", "--max-kl", "--max-slowdown"])
-@pytest.mark.parametrize("number", ["nan", "-1", "0", "inf", "much"])
-def test_bounds_are_positive_numbers(option: str, number: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "number"),
+    [
+        *product(("--target-mb", "--bits-per-weight", "--max-slowdown"), ("nan", "-1", "0", "inf", "much")),
+        *product(("--max-kl",), ("nan", "-1", "inf", "much")),
+    ],
+)
+def test_bounds_are_numbers_that_bound(option: str, number: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         build(tmp_path, tmp_path / "package", option, number)
     assert caught.value.code == 2

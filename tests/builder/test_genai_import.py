@@ -48,6 +48,14 @@ def change_model(folder: Path, change: ModelChange) -> None:
     path.write_bytes(model.SerializeToString())
 
 
+def leave_cache_open(model: onnx.ModelProto) -> None:
+    """Name the cache's sizes, as onnxruntime-genai's builder does; its configuration has the numbers."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[1].dim_param = "heads"
+            value.type.tensor_type.shape.dim[3].dim_param = "kv_cache_dim"
+
+
 def weights_of(folder: Path) -> dict[str, bytes]:
     """Read every external tensor of a folder, and check that it begins on a page."""
     found = {}
@@ -81,6 +89,17 @@ def test_our_own_package_comes_back_as_it_was(tiny_int4: Path, folder: Path, tmp
     assert weights_of(tmp_path / "package") == weights_of(tiny_int4)
     for entry in manifest.files:
         verify_file(tmp_path / "package" / entry.name, entry)
+
+
+def test_folder_whose_graph_leaves_its_cache_open_is_evaluated_as_the_package(
+    tiny_int4: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = strip(tiny_int4, tmp_path / "folder")
+    change_model(folder, leave_cache_open)
+    assert main(["evaluate", str(folder), str(tiny_int4), "--reference", str(tiny_checkpoint), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[str(folder)] == found[str(tiny_int4)]
+    assert found[str(folder)]["accuracy_level"]["tokens"] > 0
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp16", "fp32"])

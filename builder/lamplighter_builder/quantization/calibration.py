@@ -52,7 +52,9 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         try:
             texts.append(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}", hint="name a text file") from error
+        except UnicodeDecodeError as error:
             raise ConfigError(
                 f"{path}: cannot be read as UTF-8 text: {error}", hint="give plain text, encoded as UTF-8"
             ) from error
