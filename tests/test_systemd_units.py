@@ -74,7 +74,7 @@ def test_the_helper_watches_where_the_agent_asks() -> None:
     (directory,) = settings(SERVICE)["RuntimeDirectory"]
     (path,) = settings(UNITS / "lamplighter-limits.path")["PathChanged"]
     helper = (UNITS / "lamplighter-limits").read_text()
-    assert path == f"/run/private/{directory}/{REQUEST_NAME}"  # a dynamic user's folders lie in "private"
+    assert path == f"/run/{directory}/{REQUEST_NAME}"
     assert f"{{LAMPLIGHTER_REQUEST:-{path}}}" in helper
     for name in ("MemoryHigh", "MemoryMax"):  # the helper reads the unit's share as a percentage
         assert re.fullmatch(r"[1-9][0-9]%", settings(SERVICE)[name][0])
