@@ -26,6 +26,7 @@ from support.agents import running_agent
 from support.broker import TestClient, free_port, mosquitto_path, running_broker
 from support.packages import write_package
 
+FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
 STATUS = "lamplighter/v1/device/box1/status"
 
 
@@ -135,6 +136,33 @@ def test_a_killed_worker_comes_back(tmp_path: Path, state: Path, short: Path, no
             said = notify.recv(4096).decode().splitlines()
         assert ask(short, "/v1/completions").json()["choices"][0]["text"] == "You said: hi"
         assert worker.pid not in [child.pid for child in psutil.Process(agent.pid).children()]
+
+
+@pytest.mark.skipif(not FAKETIME, reason="libfaketime is not installed")
+def test_a_clock_that_jumps_ends_no_answer_and_starves_no_watchdog(
+    tmp_path: Path, state: Path, short: Path, notify: socket.socket
+) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0\n")
+    environment = {
+        "NOTIFY_SOCKET": str(short / "notify"),
+        "WATCHDOG_USEC": "600000",
+        "LD_PRELOAD": str(FAKETIME[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    with running_agent(tmp_path, settings(state, short), environment) as agent:
+        read_until(notify, "READY=1")
+        years = []
+        for jump in ("+10y", "-20y", "+0"):
+            clock.write_text(f"{jump}\n")
+            read_until(notify, "WATCHDOG=1")
+            answer = ask(short, "/v1/completions").json()
+            assert answer["choices"][0]["finish_reason"] == "stop"
+            years.append(time.gmtime(answer["created"]).tm_year - time.gmtime().tm_year)
+        assert agent.terminate() == 0
+    assert [round(year, -1) for year in years] == [10, -20, 0]
 
 
 def test_the_worker_ends_when_the_agent_is_killed(
