@@ -263,7 +263,7 @@ def _write_copy(package: Path, directory: Path, key: PreparedKey, prompts: Promp
 
 def _add_prompts(package: Path, directory: Path, key: PreparedKey, *, keep: bool) -> None:
     """Add the model for prompts to a copy that was just made, if it pays here or is to be kept anyway."""
-    if shutil.disk_usage(directory).free < _PROMPTS_DISK_FACTOR * (package / WEIGHTS_NAME).stat().st_size:
+    if shutil.disk_usage(directory).free < _PROMPTS_DISK_FACTOR * _unpacked_bytes(package):
         logger.warning("%s has no room for weights that compute prompts faster", directory)
         return
     prompts = directory / PROMPTS_NAME
@@ -328,13 +328,18 @@ def _remove_stale(root: Path, key: PreparedKey, *, keep: Path) -> None:
 
 
 def _check_space(package: Path, root: Path) -> None:
-    needed = _DISK_FACTOR * (package / WEIGHTS_NAME).stat().st_size
+    needed = _DISK_FACTOR * _unpacked_bytes(package)
     free = shutil.disk_usage(root).free
     if free < needed:
         raise DiskFullError(
             f"{root}: preparing {package.name} needs about {needed} bytes, but {free} are free",
             hint="free space, or run without prepared copies",
         )
+
+
+def _unpacked_bytes(package: Path) -> int:
+    """Return the bytes of the weights as the kernels read them: codes of five and six bits are eight there."""
+    return max((package / WEIGHTS_NAME).stat().st_size, read_manifest(package).memory.weights_bytes)
 
 
 def _crc32(path: Path) -> int:

@@ -30,7 +30,7 @@ from lamplighter_agent.engine.prepare import (
 )
 from lamplighter_agent.engine.prompt_copy import PROMPTS_NAME, pays
 from lamplighter_agent.errors import DiskFullError, ManifestError, StoreError
-from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
+from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import read_manifest
 from support.tiny_model import build_tiny_package, write_tiny_checkpoint
 
@@ -149,6 +149,18 @@ def test_a_full_disk_is_told_before_writing(tiny_package: Path, root: Path, monk
     with pytest.raises(DiskFullError, match="10 are free"):
         prepare(tiny_package, root)
     assert list(root.iterdir()) == []
+
+
+def test_room_is_asked_for_the_weights_as_they_are_read(
+    tiny_package: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = shutil.copytree(tiny_package, tmp_path / "package")
+    manifest = read_manifest(package)
+    memory = msgspec.structs.replace(manifest.memory, weights_bytes=10**9)
+    (package / MANIFEST_NAME).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, memory=memory)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 2 * 10**9))
+    with pytest.raises(DiskFullError, match="needs about 3000000000 bytes"):
+        prepare(package, root)
 
 
 def test_a_root_that_is_a_file_is_a_store_error(tiny_package: Path, tmp_path: Path) -> None:
