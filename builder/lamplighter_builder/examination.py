@@ -68,8 +68,8 @@ def examine(subject: Subject, open_reference: OpenReference | None, progress: Pr
         subject.tokenizer,
         subject.chat_format,
         subject.generation,
+        facts,
         progress,
-        short_rope_tokens=None if facts.rope is None else facts.rope.original_max_position_embeddings,
     )
     fidelity = None if open_reference is None else _compare(subject, runner, open_reference, progress)
     return Examination(scales, self_tests, fidelity)

@@ -103,7 +103,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
         self_tests: tuple[SelfTest, ...] = ()
         if target.provider == "cpu":
             runner = load_runner(writer.directory / MODEL_NAME, progress)
-            self_tests = make_self_tests(runner, tokenizer, chat_format, generation, progress)
+            self_tests = make_self_tests(runner, tokenizer, chat_format, generation, facts, progress)
         memory = memory_needs(facts, resident_tensors(tensors), target, head_rows=_head_rows(folder.model))
         # Scales for an 8-bit cache are per pair of rotated features, which are not known here.
         cache_bytes = {target.cache_dtype: memory.kv_bytes_per_token[target.cache_dtype]}

@@ -8,7 +8,7 @@ from typing import Final
 from tokenizers import Tokenizer
 
 from lamplighter_agent.package.chat_format import ChatFormat
-from lamplighter_agent.package.manifest import GenerationDefaults, SelfTest
+from lamplighter_agent.package.manifest import GenerationDefaults, ModelFacts, SelfTest
 from lamplighter_builder.generation import encode_prompt
 from lamplighter_builder.progress import Progress
 from lamplighter_builder.runner import Runner
@@ -40,21 +40,21 @@ def make_self_tests(
     tokenizer: Tokenizer,
     chat_format: ChatFormat | None,
     generation: GenerationDefaults,
+    facts: ModelFacts,
     progress: Progress,
-    *,
-    short_rope_tokens: int | None = None,
 ) -> tuple[SelfTest, ...]:
     """Run a written model on a few prompts and keep its greedy tokens.
 
-    With LongRoPE, ``short_rope_tokens`` is the length of the longest text with short factors.
+    Prompts are cut to half of the model's ``max_position_embeddings``, and answers end with it.
     """
+    context = facts.max_position_embeddings
+    short_rope_tokens = None if facts.rope is None else facts.rope.original_max_position_embeddings
     progress.stage("self-test", len(_PROMPTS))
     tests = []
     for prompt in _PROMPTS:
-        tokens = encode_prompt(prompt, tokenizer, chat_format)
-        greedy = runner.greedy(
-            tokens, _TOKENS, frozenset(generation.eos_token_ids), short_rope_tokens=short_rope_tokens
-        )
+        tokens = encode_prompt(prompt, tokenizer, chat_format)[: context // 2]
+        count = min(_TOKENS, context - len(tokens))
+        greedy = runner.greedy(tokens, count, frozenset(generation.eos_token_ids), short_rope_tokens=short_rope_tokens)
         unclear = [index for index, chosen in enumerate(greedy) if chosen.margin < _CLEAR_MARGIN]
         tests.append(
             SelfTest(
