@@ -90,6 +90,7 @@ class Reference:
         if not runner.has_accuracy_level():
             return fidelity
         progress.stage("fidelity: level 1", len(sample))
+        runner.unload()
         exact_runner = runner.with_accuracy_level(EXACT_ACTIVATIONS)
         for index in sample:
             self._add([exact], index, exact_runner)

@@ -79,6 +79,8 @@ def _compare(subject: Subject, runner: Runner, open_reference: OpenReference, pr
     prompts = [encode_prompt(prompt, subject.tokenizer, subject.chat_format) for prompt in PROMPTS]
     eos, context = frozenset(subject.generation.eos_token_ids), subject.facts.max_position_embeddings
     answers = generate_answers(runner, prompts, eos, context, progress)
+    # Neither the package nor the checkpoint is small beside the other.
+    runner.unload()
     reference = open_reference(answers)
     if reference is None:
         return None

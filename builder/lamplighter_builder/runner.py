@@ -60,28 +60,38 @@ class Runner:
     def __init__(
         self, model: Path, *, accuracy_level: int | None = None, cache_heads: tuple[int, int] | None = None
     ) -> None:
-        self._model, self._cache_heads = model, cache_heads
+        self._model, self._accuracy_level, self._cache_heads = model, accuracy_level, cache_heads
+        self._session: onnxruntime.InferenceSession | None = None
+        session = self._loaded()
+        inputs = session.get_inputs()
+        self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
+        self._has_positions = any(node.name == "position_ids" for node in inputs)
+        self._has_logits_start = any(node.name == "logits_start" for node in session.get_overridable_initializers())
+        self._outputs = [node.name for node in session.get_outputs()]
+        overridable = {node.name for node in session.get_overridable_initializers()}
+        self._has_rope_tokens = "rope_tokens" in overridable
+
+    def unload(self) -> None:
+        """Give the memory of the weights back; the next run loads them again."""
+        self._session = None
+
+    def _loaded(self) -> onnxruntime.InferenceSession:
+        if self._session is not None:
+            return self._session
         options = onnxruntime.SessionOptions()
-        source: str | bytes = str(model)
-        if accuracy_level is not None or cache_heads is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-            source = _changed(model, accuracy_level)
+        source: str | bytes = str(self._model)
+        if self._accuracy_level is not None or self._cache_heads is not None:
+            folder = str(self._model.parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+            source = _changed(self._model, self._accuracy_level)
         options.log_severity_level = 3
         # The arena would keep what the longest step needed, for as long as the session lives.
         options.enable_cpu_mem_arena = False
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except _LOAD_ERRORS as error:
-            raise BuildError(f"{model}: onnxruntime cannot load it: {error}") from error
-        inputs = self._session.get_inputs()
-        self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
-        self._has_positions = any(node.name == "position_ids" for node in inputs)
-        self._has_logits_start = any(
-            node.name == "logits_start" for node in self._session.get_overridable_initializers()
-        )
-        self._outputs = [node.name for node in self._session.get_outputs()]
-        overridable = {node.name for node in self._session.get_overridable_initializers()}
-        self._has_rope_tokens = "rope_tokens" in overridable
+            raise BuildError(f"{self._model}: onnxruntime cannot load it: {error}") from error
+        return self._session
 
     def with_accuracy_level(self, accuracy_level: int) -> Runner:
         """Return the same model, loaded once more, computing otherwise.
@@ -138,7 +148,7 @@ class Runner:
             feeds["logits_start"] = np.array([logits_start], dtype=np.int64)
         if self._has_rope_tokens:
             feeds["rope_tokens"] = np.array([rope_tokens], dtype=np.int64)
-        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        results = dict(zip(self._outputs, self._loaded().run(self._outputs, feeds), strict=True))
         arrays = {name: results[name.replace("past_key_values", "present")] for name in cache.arrays}
         logits = results["logits"].astype(np.float32, copy=False)
         if logits_start is not None and not self._has_logits_start:
