@@ -147,6 +147,14 @@ def test_a_worker_that_is_stopped_while_nobody_asks_is_found_and_killed(spec: Wo
     asyncio.run(scenario())
 
 
+def test_the_kernel_would_end_the_worker_before_the_agent(spec: WorkerSpec) -> None:
+    async def scenario() -> int | None:
+        async with running(spec) as worker:
+            return worker.pid and int(Path(f"/proc/{worker.pid}/oom_score_adj").read_text())  # noqa: ASYNC240
+
+    assert asyncio.run(scenario()) == 500
+
+
 def test_a_worker_without_work_gives_signs_of_life_and_lives(spec: WorkerSpec) -> None:
     async def scenario() -> float:
         async with running(msgspec.structs.replace(spec, stall_timeout_s=1.0)) as worker:
