@@ -62,7 +62,7 @@ def _check_multiples(schema: object, option: str) -> None:
     together = math.lcm(*{_states(value) for value in values})
     if together > MAX_REMAINDERS or sum(map(_states, values)) > 2 * MAX_REMAINDERS:
         raise RequestError(
-            f"{option}: multipleOf, all of them together, comes to {together}, but may come to {MAX_REMAINDERS}",
+            f"{option}: multipleOf comes to more than {MAX_REMAINDERS} remainders, all of them together",
             param=option,
             hint="leave multipleOf out, or check the answer for it",
         )
@@ -83,7 +83,10 @@ def _multiples(schema: object) -> Iterator[Fraction]:
         item = waiting.pop()
         if isinstance(item, dict):
             value = item.get("multipleOf")
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            # True is an integer to Python, and one of a thousand digits no float.
+            if isinstance(value, int) and not isinstance(value, bool):
+                yield Fraction(value)
+            elif isinstance(value, float) and math.isfinite(value):
                 yield Fraction(str(value))
             waiting += item.values()
         elif isinstance(item, list):
