@@ -306,7 +306,8 @@ class EngineWorker:
             if self.silent_s > self.spec.stall_timeout_s:
                 await self._close(f"it gave no sign of life for {self.spec.stall_timeout_s:g} s")
             else:
-                await self._send(Ping())
+                # Not waited for: a stopped worker does not empty the channel, and who would find that out then?
+                self._write(Ping())
 
     async def _close(self, reason: str) -> None:
         """Make sure that the process is gone, and tell everyone who waits for it."""
@@ -378,11 +379,16 @@ class EngineWorker:
         if not self._streams:
             self._drained.set()
 
-    async def _send(self, command: Command) -> None:
+    def _write(self, command: Command) -> None:
         assert self._writer is not None
+        frame = encode_frame(command)
         if self._owes_since_s is None:
             self._owes_since_s = time.monotonic()
-        self._writer.write(encode_frame(command))
+        self._writer.write(frame)
+
+    async def _send(self, command: Command) -> None:
+        assert self._writer is not None
+        self._write(command)
         try:
             await self._writer.drain()
         except ConnectionError:

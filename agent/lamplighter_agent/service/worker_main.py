@@ -235,6 +235,12 @@ class WorkerProcess:
             action()
         except LamplighterError as error:
             self._send(Refused(request_id=request_id, failure=failure_of(error)))
+        except (BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception as error:  # what one request brings must not end the answers of the others
+            logger.exception("request %s cannot be taken", request_id)
+            wrapped = EngineError(f"the request cannot be taken: {type(error).__name__}")
+            self._send(Refused(request_id=request_id, failure=failure_of(wrapped)))
 
     def _receive(self, *, wait: bool) -> list[Command]:
         """Return the commands that have arrived, waiting for input first if asked; sets ``_stop`` at the end."""

@@ -208,9 +208,13 @@ def encode_frame(message: Command | Event) -> bytes:
     """Return the message as one frame.
 
     Raises:
+        RequestError: If it holds a number of more than 64 bits.
         WorkerError: If it is larger than a frame may be.
     """
-    body = msgspec.msgpack.encode(message)
+    try:
+        body = msgspec.msgpack.encode(message)
+    except OverflowError as error:
+        raise RequestError("the request holds a number of more than 64 bits") from error
     if len(body) > MAX_FRAME_BYTES:
         raise WorkerError(f"a {type(message).__name__} message of {len(body)} bytes does not fit into a frame")
     return _HEADER.pack(len(body)) + body

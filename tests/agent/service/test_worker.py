@@ -92,8 +92,13 @@ def test_leaving_the_iterator_cancels_the_request(spec: WorkerSpec) -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "error"),
-    [("/refuse", RequestError), ("x" * 5000, ContextOverflowError), ("/fail", EngineError)],
-    ids=["refused", "too long", "engine failure"],
+    [
+        ("/refuse", RequestError),
+        ("x" * 5000, ContextOverflowError),
+        ("/fail", EngineError),
+        ("/defect", EngineError),
+    ],
+    ids=["refused", "too long", "engine failure", "defect"],
 )
 def test_an_error_of_the_engine_keeps_its_class_and_spares_the_worker(
     spec: WorkerSpec, prompt: str, error: type[Exception]
@@ -153,6 +158,30 @@ def test_the_kernel_would_end_the_worker_before_the_agent(spec: WorkerSpec) -> N
             return worker.pid and int(Path(f"/proc/{worker.pid}/oom_score_adj").read_text())  # noqa: ASYNC240
 
     assert asyncio.run(scenario()) == 500
+
+
+def test_a_worker_that_is_stopped_with_a_full_channel_is_found_and_killed(spec: WorkerSpec) -> None:
+    async def scenario() -> None:
+        worker = EngineWorker(msgspec.structs.replace(spec, stall_timeout_s=0.5))
+        await worker.start()
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerError, match="no sign of life"):
+            await asyncio.wait_for(answer(worker, "x" * 4_000_000), 10)
+        await worker.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_number_that_no_frame_holds_is_the_requests_fault(spec: WorkerSpec) -> None:
+    async def scenario() -> None:
+        async with running(spec) as worker:
+            with pytest.raises(RequestError, match="more than 64 bits") as caught:
+                await worker.detokenize((2**64,))
+            assert caught.value.code == 400
+            assert (worker.silent_s, worker.active) == (0.0, 0)
+
+    asyncio.run(scenario())
 
 
 def test_a_worker_without_work_gives_signs_of_life_and_lives(spec: WorkerSpec) -> None:
