@@ -31,6 +31,9 @@ _HIGH_SHARE: Final = 0.95
 _WAIT_S: Final = 5.0
 _POLL_S: Final = 0.02
 
+_ASK_AGAIN_S: Final = 1.0
+"""A path unit does not see a request that is written while its helper is ending."""
+
 
 class MemoryBounds(NamedTuple):
     """``MemoryHigh`` and ``MemoryMax`` in bytes."""
@@ -106,11 +109,16 @@ class MemoryLimits:
             raise
 
     async def _granted(self) -> None:
-        end_s = time.monotonic() + _WAIT_S
+        asked_s = time.monotonic()
+        end_s = asked_s + _WAIT_S
         while self._narrow_bytes is not None and self._limit_bytes() == self._narrow_bytes:
-            if time.monotonic() > end_s:
+            now = time.monotonic()
+            if now > end_s:
                 logger.warning("the unit's memory limits were not widened within %g s; going on", _WAIT_S)
                 return
+            if now - asked_s > _ASK_AGAIN_S:
+                asked_s, self._asked = now, ""
+                self._ask()
             await asyncio.sleep(_POLL_S)
         self._narrow_bytes = None
 

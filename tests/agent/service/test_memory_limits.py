@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from lamplighter_agent.engine.memory import MIB, MemoryPlan
+from lamplighter_agent.service import memory_limits
 from lamplighter_agent.service.memory_limits import SHARE, MemoryLimits, memory_bounds
 
 ROOT = Path(__file__).parents[3]
@@ -77,6 +79,23 @@ def test_a_change_waits_until_the_narrow_limit_is_gone(request_file: Path) -> No
     in_force = [memory_bounds(PLAN).max_bytes]
     asyncio.run(story())
     assert request_file.read_text() == SHARE
+
+
+def test_a_request_that_the_helper_missed_is_made_again(request_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_limits, "_ASK_AGAIN_S", 0.0)
+
+    missed: list[str] = []
+
+    def limit_bytes() -> int:
+        if not missed:
+            missed.append(request_file.read_text())
+            request_file.unlink()
+        return 8 * GIB if request_file.exists() else memory_bounds(PLAN).max_bytes
+
+    limits = MemoryLimits(request_file, limit_bytes)
+    limits.serve(PLAN)
+    asyncio.run(limits.begin_share())
+    assert (missed, request_file.read_text()) == ([SHARE], SHARE)
 
 
 def test_without_a_helper_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,6 +169,18 @@ def test_whatever_else_is_asked_means_the_units_share(tmp_path: Path, request_fi
 
 
 def test_an_agent_that_has_ended_leaves_the_share(tmp_path: Path, request_file: Path) -> None:
+    assert run_helper(tmp_path, request_file) == SHARE_PROPERTIES
+
+
+def test_a_link_in_place_of_the_request_is_not_followed(tmp_path: Path, request_file: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text(f"{190 * MIB} {200 * MIB}\n")
+    request_file.symlink_to(elsewhere)
+    assert run_helper(tmp_path, request_file) == SHARE_PROPERTIES
+
+
+def test_a_pipe_in_place_of_the_request_is_not_waited_for(tmp_path: Path, request_file: Path) -> None:
+    os.mkfifo(request_file)
     assert run_helper(tmp_path, request_file) == SHARE_PROPERTIES
 
 
