@@ -2,9 +2,9 @@
 
 A token is one character of the answer, its id the character's code. What the user says decides what happens:
 ``/count N`` counts to N, ``/slow`` never ends (one token a step of 10 ms), ``/crash`` kills the process at its first
-step, ``/stop`` stops the process (SIGSTOP), ``/eat N`` takes N MiB of memory, ``/refuse`` is refused, ``/defect`` raises,
-``/fail`` fails in the engine; anything else is answered with ``You said: …``. A file in the package decides about
-loading: ``refuse-to-load``, ``hang-at-load``, ``crash-at-load``.
+step, ``/stop`` stops the process (SIGSTOP), ``/eat N`` takes N MiB of memory, ``/refuse`` is refused,
+``/defect`` raises, ``/fail`` fails in the engine; anything else is answered with ``You said: …``. A file in the
+package decides about loading: ``refuse-to-load``, ``hang-at-load``, ``crash-at-load``.
 
 Run as a module it stands for ``lamplighter_agent.engine.prepare`` and does nothing.
 """

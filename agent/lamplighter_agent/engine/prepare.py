@@ -267,12 +267,17 @@ def _add_prompts(package: Path, directory: Path, key: PreparedKey, *, keep: bool
         logger.warning("%s has no room for weights that compute prompts faster", directory)
         return
     prompts = directory / PROMPTS_NAME
-    if not write_prompt_copy(package, prompts, threads=physical_cores()):
-        return
-    if keep or pays(directory, read_manifest(package), threads=physical_cores()):
+    try:
+        if not write_prompt_copy(package, prompts, threads=physical_cores()):
+            return
+        useful = keep or pays(directory, read_manifest(package), threads=physical_cores())
+    except EngineError as error:
+        logger.warning("prompts are computed with the weights for decoding: %s", error.message)
+        useful = False
+    if useful:
         _write_record(prompts, key)
     else:
-        shutil.rmtree(prompts)
+        shutil.rmtree(prompts, ignore_errors=True)
 
 
 def _write_record(directory: Path, key: PreparedKey, *, prompts: bool = False) -> None:

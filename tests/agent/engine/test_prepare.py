@@ -29,9 +29,9 @@ from lamplighter_agent.engine.prepare import (
     prepared_key,
 )
 from lamplighter_agent.engine.prompt_copy import PROMPTS_NAME, pays
-from lamplighter_agent.errors import DiskFullError, ManifestError, StoreError
+from lamplighter_agent.errors import DiskFullError, EngineError, ManifestError, StoreError
 from lamplighter_agent.package.layout import MANIFEST_NAME, MODEL_NAME, WEIGHTS_NAME
-from lamplighter_agent.package.manifest import read_manifest
+from lamplighter_agent.package.manifest import Manifest, read_manifest
 from support.tiny_model import build_tiny_package, write_tiny_checkpoint
 
 OPTIONS = EngineOptions(max_context_tokens=128, slots=1, threads=1)
@@ -264,6 +264,19 @@ def test_weights_for_prompts_that_do_not_pay_are_dropped_and_not_tried_again(
     assert not (directory / PROMPTS_NAME).exists()
     before = (directory / WEIGHTS_NAME).stat()
     assert (prepare(tiny_package, root, prompts="faster") / WEIGHTS_NAME).stat().st_ino == before.st_ino
+
+
+def test_weights_for_prompts_that_cannot_be_made_leave_the_copy_whole(
+    tiny_package: Path, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(copy: Path, manifest: Manifest, *, threads: int) -> bool:
+        raise EngineError("memory ran out")
+
+    monkeypatch.setattr("lamplighter_agent.engine.prepare.pays", fail)
+    directory = prepare(tiny_package, root, prompts="faster")
+    assert not (directory / PROMPTS_NAME).exists()
+    assert damaged_file(directory) is None
+    assert "prompts are computed with the weights for decoding: memory ran out" in caplog.text
 
 
 @pytest.mark.parametrize(("name", "faster"), [("prompts", True), ("plain", False)])
