@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ pytestmark = [
 
 FILES = Path(__file__).parents[3] / "configs" / "mosquitto"
 # The user name comes from the certificate in production.conf; here the client just says it.
-CONFIG = f"listener PORT 127.0.0.1\nallow_anonymous true\nacl_file {FILES / 'acl'}\n"
+# A broker that root starts would become another user before it reads the file, which may lie in root's own folder.
+CONFIG = f"user {getpass.getuser()}\nlistener PORT 127.0.0.1\nallow_anonymous true\nacl_file {FILES / 'acl'}\n"
 ROOT = "lamplighter/v1"
 
 
