@@ -200,6 +200,11 @@ class KVCache:
         windowed = self.spec.windowed
         return self.capacity if windowed is None else windowed.capacity - windowed.resident(self.offset(slot))
 
+    def stretch(self, slot: int) -> int:
+        """Return how many tokens a chunk may have that ends where windowed layers drop some next."""
+        windowed = self.spec.windowed
+        return self.capacity if windowed is None else self.steady(slot) or windowed.step
+
     def reusable(self, slot: int, tokens: int) -> int:
         """Return with how many of a slot's leading ``tokens`` tokens another text can begin: all, or none."""
         windowed, held = self.spec.windowed, self.offset(slot)

@@ -46,7 +46,7 @@ class Lender:
         """
         logits: Logits | None = None
         while (done := self.cache.offset(slot)) < len(tokens):
-            length = chunk_length(len(tokens) - done, self._chunk_tokens)
+            length = chunk_length(len(tokens) - done, self._chunk_tokens, self._runner.cache.stretch(slot))
             logits = self._runner.prefill(slot, tokens[done : done + length])
         assert logits is not None, "the slot holds the last token, whose logits are wanted"
         return logits

@@ -57,7 +57,7 @@ def warm(prefixes: PrefixCache, runner: Runner, sequences: Iterable[list[int]], 
         prefixes.recall(tokens)
         begin = prefixes.restore(cache, 0, tokens)
         while begin < len(tokens):
-            length = chunk_length(len(tokens) - begin, chunk_tokens)
+            length = chunk_length(len(tokens) - begin, chunk_tokens, cache.stretch(0))
             prefixes.store_before_loss(cache, 0, length, pinned=True)
             runner.prefill(0, tokens[begin : begin + length])
             begin += length

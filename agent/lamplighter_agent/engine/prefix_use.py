@@ -26,6 +26,8 @@ class PrefixUse:
         token is left, since its logits are needed, and the one before it, for ``chunk_length``'s reason.
         """
         length = self._reuse(sequence, slot)
+        if self._cache.stretch(slot) == 1 and length:
+            length -= 1  # so that no single token is computed up to where windowed layers drop some
         self._cache.cut(slot, length)
         sequence.prefilled = sequence.request.cached = length
 

@@ -5,10 +5,10 @@ token by one chunk, and a cancel or a deadline takes effect within a step.
 
 Prompts get one chunk a step, in turns of the oldest and the one with the least left. A chunk is smaller while others
 decode, so that it keeps their tokens waiting no longer than a bearable moment (``pace``). Rows of a batch do not mix,
-and the kernels give a token of a prompt the same bits in any chunk of at least two. The kernels for one row and for
-several decoded together give the same bits with AVX-512 and differ in the last one with AVX2 alone; so there a near-tie
-between two tokens may fall otherwise when a request is not alone. A request that decodes alone may be given several
-tokens a step, where the bits are the same (``speculation``).
+and the kernels give a token of a prompt the same bits, or nearly so, in any chunk of at least two (``chunk_length``).
+The kernels for one row and for several decoded together give the same bits with AVX-512 and differ in the last one
+with AVX2 alone; so there a near-tie between two tokens may fall otherwise when a request is not alone. A request that
+decodes alone may be given several tokens a step, where the bits are the same (``speculation``).
 
 Every request reserves cache tokens from the plan's ``kv_tokens``: for prompt and ``max_tokens`` at its start; without
 ``max_tokens`` for the prompt and a block, which is extended while there is room. So the cache never exceeds the plan.
@@ -225,7 +225,7 @@ class Scheduler:
             most = min(_ECHO_CHUNK_TOKENS, self._plan.prefill_chunk_tokens)
         else:
             most = self._pace.tokens(others_wait=bool(self._slots.decoding))
-        tokens = sequence.remaining_prompt(most)
+        tokens = sequence.remaining_prompt(most, self._runner.cache.stretch(slot))
         self._prefixes.keep_before_loss(sequence, slot, len(tokens))
         if request.wants_prompt_logprobs:
             rows = self._runner.prefill_rows(slot, tokens)

@@ -24,13 +24,16 @@ from lamplighter_agent.engine.truncation import Logits
 _CONTEXT_TOKENS = 8
 
 
-def chunk_length(remaining: int, most: int) -> int:
+def chunk_length(remaining: int, most: int, stretch: int) -> int:
     """Return how many of ``remaining`` prompt tokens to compute next, at most ``most``.
 
-    No single token is left for the end: kernels for one row round otherwise than those for many, which all agree.
-    So the logits behind a prompt are the same to the last bit however it was cut and whatever was cached of it.
+    A chunk ends where windowed layers drop tokens, ``stretch`` tokens from here: a chunk across that place would find
+    its keys in other rows than a chunk that begins or ends there, and add them up in another order. No single token is
+    left for the end, nor before such a place: kernels for one row round otherwise than those for many. So the logits
+    behind a prompt do not depend on how it was cut and what was cached of it.
     """
-    return most - 1 if remaining == most + 1 and most > 2 else min(remaining, most)
+    length = min(most - 1 if remaining == most + 1 and most > 2 else min(remaining, most), stretch)
+    return length - 1 if length < remaining and length == stretch - 1 and length > 2 else length
 
 
 class Sequence:
@@ -116,9 +119,9 @@ class Sequence:
         """True if the prefix cache may serve it: not where the logits of the whole prompt are wanted."""
         return self.request.params.cache_prompt and not self.request.wants_prompt_logprobs
 
-    def remaining_prompt(self, most: int) -> list[int]:
-        """Return the next prompt tokens to compute, at most ``most``."""
-        length = chunk_length(self.remaining, most)
+    def remaining_prompt(self, most: int, stretch: int) -> list[int]:
+        """Return the next prompt tokens to compute; see ``chunk_length``."""
+        length = chunk_length(self.remaining, most, stretch)
         return self._input[self.prefilled : self.prefilled + length]
 
     def compute_again(self, tokens: list[int], done: int) -> None:

@@ -87,6 +87,28 @@ def test_a_prompt_goes_on_from_any_token_of_an_earlier_one(shared: int, engine: 
     assert found == cold
 
 
+@pytest.fixture(scope="module")
+def rounding_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    """Its 8-bit activations make tenths of a logit out of a last bit."""
+    folder = tmp_path_factory.mktemp("windows-int4")
+    package = build_tiny_package(write_family_checkpoint(folder / "gemma3_text", "gemma3_text"), folder / "p", "int4")
+    return Engine.load(package, options=OPTIONS)
+
+
+@pytest.mark.parametrize("shared", [38, 70, CAPACITY - 2, CAPACITY - 1, CAPACITY, 300])
+def test_logits_are_the_same_bits_whatever_was_cached(shared: int, rounding_engine: Engine) -> None:
+    prompt = TEXT[:shared] + TEXT[40 : 440 - shared]
+
+    def chances(*, cached: bool) -> list[tuple[tuple[int, float], ...]]:
+        params = GenerationParams(max_tokens=1, temperature=0.0, logprobs=5, cache_prompt=cached)
+        return [found.top for token in rounding_engine.generate(prompt, params) for found in token.logprobs]
+
+    rounding_engine.forget_prefixes()
+    cold = chances(cached=False)
+    engine_tokens(rounding_engine, TEXT[:shared] + TEXT[450:452], msgspec.structs.replace(GREEDY, max_tokens=1))
+    assert chances(cached=True) == cold
+
+
 def test_an_answer_is_kept_too(engine: Engine) -> None:
     engine.forget_prefixes()
     first, _ = engine_tokens(engine, TEXT[:250], GREEDY)
