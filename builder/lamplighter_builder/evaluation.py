@@ -61,15 +61,20 @@ class Reference:
         self.name = checkpoint.path.name
         self.windows = windows
         self._model = StreamedModel(checkpoint)
-        progress.stage("fidelity: reference", self._model.layer_count)
-        rows = [*windows, *(np.array(answer.prompt + answer.tokens, dtype=np.int64) for answer in answers)]
-        tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)] = row  # what is behind a text does not change what is before it
-        states = self._model.run(self._model.embedding(torch.from_numpy(tokens)), done=lambda: progress.advance(1))
+        # Two runs, though each reads the weights: a layer's activations are the most that is held, and answers as wide
+        # as windows would nearly double them.
+        progress.stage("fidelity: reference", 2 * self._model.layer_count)
+        behind_answers = self._run([answer.prompt + answer.tokens for answer in answers], progress)
+        self.choices = [self._choices(*pair) for pair in zip(answers, behind_answers, strict=True)]
+        self._states = self._run(windows.tolist(), progress)
         self._model.forget_embedding()
-        self._states = states[: len(windows), : windows.shape[1]].clone()
-        self.choices = [self._choices(answer, states[len(windows) + index]) for index, answer in enumerate(answers)]
+
+    def _run(self, texts: Sequence[Sequence[int]], progress: Progress) -> torch.Tensor:
+        """Return what the head is given for each text, float32 [texts, longest, hidden_size]."""
+        tokens = np.zeros((len(texts), max(map(len, texts))), dtype=np.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = text  # what is behind a text does not change what is before it
+        return self._model.run(self._model.embedding(torch.from_numpy(tokens)), done=lambda: progress.advance(1))
 
     def compare(self, runner: Runner, generation: GenerationFidelity, progress: Progress) -> Fidelity:
         """Compare a package with the reference.

@@ -64,7 +64,8 @@ class Runner:
         self._session: onnxruntime.InferenceSession | None = None
         session = self._loaded()
         inputs = session.get_inputs()
-        self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
+        # Not the runtime's own descriptions: they would keep the session alive.
+        self._past = [(node.name, node.shape, node.type) for node in inputs if node.name.startswith("past_key_values.")]
         self._has_positions = any(node.name == "position_ids" for node in inputs)
         self._has_logits_start = any(node.name == "logits_start" for node in session.get_overridable_initializers())
         self._outputs = [node.name for node in session.get_outputs()]
@@ -109,9 +110,9 @@ class Runner:
     def empty_cache(self, batch_size: int = 1) -> Cache:
         """Return a cache without tokens."""
         arrays: dict[str, Array] = {}
-        for node in self._past:
-            heads, head_dim = self._cache_heads or (node.shape[1], node.shape[3])
-            arrays[node.name] = np.zeros((batch_size, heads, 0, head_dim), dtype=_CACHE_DTYPES[node.type])
+        for name, shape, element in self._past:
+            heads, head_dim = self._cache_heads or (shape[1], shape[3])
+            arrays[name] = np.zeros((batch_size, heads, 0, head_dim), dtype=_CACHE_DTYPES[element])
         return Cache(0, arrays)
 
     def run(
