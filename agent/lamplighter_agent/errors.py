@@ -326,12 +326,20 @@ class WeightMismatchError(BuildError):
         message: What disagrees, naming the first tensors.
         missing: Tensors that the graph needs and the checkpoint lacks.
         unused: Tensors of the checkpoint that the graph does not use.
+        hint: What to do about it.
     """
 
     reason = "weights_mismatch"
 
-    def __init__(self, message: str, *, missing: tuple[str, ...] = (), unused: tuple[str, ...] = ()) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: tuple[str, ...] = (),
+        unused: tuple[str, ...] = (),
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
         self.missing = missing
         self.unused = unused
 

@@ -192,9 +192,9 @@ def make_outline(checkpoint: Checkpoint, options: BuildOptions) -> Outline:
     scheme = uniform_scheme(options.precision, options.execution_provider, options.quantization.quantizer)
     model, graph = drafts.make(scheme)
     check_weights(graph, checkpoint, tied=model.config.tie_word_embeddings)
-    files = checkpoint.tokenizer()
+    files = checkpoint.tokenizer().within(model.config.vocab_size)
     tokenizer = load_tokenizer(files, model.config.vocab_size)
-    generation = generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer)
+    generation = generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer, files.special_tokens)
     chat_format = options.chat_format
     if chat_format is None and files.chat_template is not None:
         chat_format = compile_chat_template(files.chat_template, files.special_tokens)

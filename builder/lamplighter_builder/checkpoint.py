@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,7 +20,13 @@ from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.package_writer import is_notice
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
-from lamplighter_builder.safetensors_file import StoredTensor, TensorInfo, read_safetensors_header, read_tensor
+from lamplighter_builder.safetensors_file import (
+    StoredTensor,
+    TensorInfo,
+    read_safetensors_header,
+    read_tensor,
+    same_bytes,
+)
 
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -51,6 +57,21 @@ class TokenizerFiles:
             return Tokenizer.from_buffer(self.tokenizer_json)
         except Exception as error:  # the tokenizers library raises plain Exception for every parse error
             raise CheckpointError(f"{self.origin}: cannot be read as a tokenizer: {error}") from error
+
+    def within(self, vocab_size: int) -> TokenizerFiles:
+        """Return the files without added tokens that the embedding has no row for.
+
+        Gemma 3 1B has one for pictures, which only its larger siblings see. Such a token cannot be computed with.
+        """
+        try:
+            contents = json.loads(self.tokenizer_json)
+            kept = [token for token in contents["added_tokens"] if token["id"] < vocab_size]
+            if len(kept) == len(contents["added_tokens"]):
+                return self
+        except (ValueError, LookupError, TypeError):
+            return self  # load() says what is wrong with it
+        contents["added_tokens"] = kept
+        return replace(self, tokenizer_json=json.dumps(contents, ensure_ascii=False).encode())
 
 
 class WeightSource(Protocol):
@@ -155,6 +176,9 @@ class HuggingFaceCheckpoint(Checkpoint):
                 if name in self._places:
                     raise CheckpointError(f"{file}: tensor {name} is also in {self._places[name].path.name}")
                 self._places[name] = place
+        self._places = _with_model_prefix(self._places)
+        if _has_another_head(self._places, self.config):
+            self.config = Fields({**self.config.values, "tie_word_embeddings": False}, self.config.origin)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -206,7 +230,25 @@ class HuggingFaceCheckpoint(Checkpoint):
         return read_tokenizer(self.path)
 
 
-TOKENIZER_NAMES: Final = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+def _with_model_prefix(places: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Give the tensors of a decoder that was saved without its head the names that they have beside one."""
+    if "embed_tokens.weight" not in places or any(name.startswith("model.") for name in places):
+        return places
+    return {name if name.startswith("lm_head.") else f"model.{name}": place for name, place in places.items()}
+
+
+def _has_another_head(places: Mapping[str, StoredTensor], config: Fields) -> bool:
+    """Tell whether a head is stored that is not the embedding, whatever the config says of ties.
+
+    transformers ties such weights only if they are equal.
+    """
+    head, embedding = places.get("lm_head.weight"), places.get("model.embed_tokens.weight")
+    if head is None or embedding is None or config.values.get("tie_word_embeddings") is False:
+        return False
+    return head.info != embedding.info or not same_bytes(head, embedding)
+
+
+TOKENIZER_NAMES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def read_tokenizer(directory: Path) -> TokenizerFiles:
@@ -223,6 +265,10 @@ def read_tokenizer(directory: Path) -> TokenizerFiles:
         )
     settings_path = directory / "tokenizer_config.json"
     settings = read_json(settings_path) if settings_path.is_file() else {}
+    map_path = directory / "special_tokens_map.json"
+    if map_path.is_file():
+        # Early checkpoints name their special tokens here alone.
+        settings = {**read_json(map_path), **{key: value for key, value in settings.items() if value is not None}}
     template = _chat_template(directory, settings)
     return TokenizerFiles(path.read_bytes(), template, _special_tokens(settings), str(path))
 

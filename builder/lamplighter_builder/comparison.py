@@ -42,15 +42,18 @@ def evaluate_packages(
     if len(set(packages)) < len(packages):
         raise ConfigError("a package is named twice", hint="name each once")
     loaders = [_loader(package) for package in packages]
-    files = checkpoint.tokenizer()
-    tokenizer = load_tokenizer(files, checkpoint.config.integer("vocab_size"))
+    vocab_size = checkpoint.config.integer("vocab_size")
+    files = checkpoint.tokenizer().within(vocab_size)
+    tokenizer = load_tokenizer(files, vocab_size)
     for package in packages:
         _check_vocabulary(package, tokenizer, checkpoint)
     context = checkpoint.config.integer("max_position_embeddings")
     windows = evaluation_windows(tokenizer, text, context)
-    eos = frozenset(generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer).eos_token_ids)
+    generation = generation_defaults(checkpoint.generation_config, checkpoint.config, tokenizer, files.special_tokens)
     prompts = [encode_prompt(prompt, tokenizer, _chat_format(files)) for prompt in PROMPTS]
-    answers = [generate_answers(load(), prompts, eos, context, progress) for load in loaders]
+    answers = [
+        generate_answers(load(), prompts, frozenset(generation.eos_token_ids), context, progress) for load in loaders
+    ]
     reference = Reference(checkpoint, windows, [answer for found in answers for answer in found], progress)
     results = []
     for index, load in enumerate(loaders):

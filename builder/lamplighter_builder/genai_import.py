@@ -23,7 +23,7 @@ from lamplighter_agent.package.manifest import (
     Target,
 )
 from lamplighter_builder.chat_template import compile_chat_template
-from lamplighter_builder.checkpoint import read_tokenizer
+from lamplighter_builder.checkpoint import TokenizerFiles, read_tokenizer
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.genai_facts import describe_groups, model_facts, read_tensors, resident_tensors
 from lamplighter_builder.genai_folder import GenaiFolder, read_genai_folder
@@ -80,9 +80,10 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
     check_reference(options.name, options.version)
     folder = read_genai_folder(path)
     target = GraphTarget(folder.provider, half_arithmetic=folder.half, half_matrices=folder.half)
-    tokenizer_files = read_tokenizer(path)
-    tokenizer = load_tokenizer(tokenizer_files, folder.model_section.integer("vocab_size"))
-    generation = _generation(folder, tokenizer)
+    vocab_size = folder.model_section.integer("vocab_size")
+    tokenizer_files = read_tokenizer(path).within(vocab_size)
+    tokenizer = load_tokenizer(tokenizer_files, vocab_size)
+    generation = _generation(folder, tokenizer, tokenizer_files)
     chat_format = options.chat_format
     if chat_format is None and tokenizer_files.chat_template is not None:
         chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)
@@ -126,10 +127,10 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
     return manifest
 
 
-def _generation(folder: GenaiFolder, tokenizer: Tokenizer) -> GenerationDefaults:
+def _generation(folder: GenaiFolder, tokenizer: Tokenizer, files: TokenizerFiles) -> GenerationDefaults:
     tokens = {key: value for key, value in folder.model_section.values.items() if key.endswith("_token_id")}
     search = Fields({**folder.search.values, **tokens}, folder.search.origin)
-    return generation_defaults(search, folder.model_section, tokenizer)
+    return generation_defaults(search, folder.model_section, tokenizer, files.special_tokens)
 
 
 def _genai_config(folder: GenaiFolder) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Final
@@ -20,6 +21,7 @@ from lamplighter_builder.checkpoint import TokenizerFiles
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.progress import Progress
 
+_LEAST_TOP_P: Final = 1e-6
 _TOOLS: Final = ("numpy", "onnx", "onnxruntime", "tokenizers", "gguf", "jinja2")
 
 
@@ -54,28 +56,56 @@ def load_tokenizer(files: TokenizerFiles, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def generation_defaults(generation: Fields, config: Fields, tokenizer: Tokenizer) -> GenerationDefaults:
-    """Read end tokens and sampling defaults; what ``generation`` lacks of the tokens is looked for in ``config``.
+def generation_defaults(
+    generation: Fields, config: Fields, tokenizer: Tokenizer, special_tokens: Mapping[str, str]
+) -> GenerationDefaults:
+    """Read end tokens and sampling defaults.
+
+    What ``generation`` lacks of the tokens is looked for in ``config``, which also has ``vocab_size``; an end token
+    that neither names, in ``special_tokens``.
 
     Raises:
-        CheckpointError: If there is no end token, or a field is of another type.
+        CheckpointError: If there is no end token, or a field is of another type or out of range.
     """
-    eos = generation.token_ids("eos_token_id") or config.token_ids("eos_token_id")
+    eos = _token_ids("eos_token_id", generation, config)
     if not eos:
-        raise CheckpointError(f"eos_token_id is missing in {config.origin}, and in {generation.origin}")
-    bos = generation.token_ids("bos_token_id") or config.token_ids("bos_token_id")
-    pad = generation.token_ids("pad_token_id") or config.token_ids("pad_token_id")
+        named = tokenizer.token_to_id(special_tokens.get("eos_token", ""))
+        if named is None:
+            raise CheckpointError(f"eos_token_id is missing in {config.origin}, and in {generation.origin}")
+        eos = (named,)
+    bos, pad = _token_ids("bos_token_id", generation, config), _token_ids("pad_token_id", generation, config)
     return GenerationDefaults(
         eos_token_ids=eos,
         bos_token_id=bos[0] if bos else None,
         pad_token_id=pad[0] if pad else None,
         add_bos_token=bool(bos) and tokenizer.encode("a").ids[:1] == [bos[0]],
         do_sample=generation.flag("do_sample", default=False),
-        temperature=generation.number("temperature", default=1.0),
-        top_k=generation.integer("top_k", default=0),
-        top_p=generation.number("top_p", default=1.0),
-        repetition_penalty=generation.number("repetition_penalty", default=1.0),
+        temperature=_within(generation, "temperature"),
+        # Some write -1 for all tokens.
+        top_k=max(generation.integer("top_k", default=0), 0),
+        # And 0 for the likeliest token alone, which the smallest share above it is too.
+        top_p=_within(generation, "top_p", 1.0) or _LEAST_TOP_P,
+        repetition_penalty=generation.positive("repetition_penalty", default=1.0),
     )
+
+
+def _token_ids(key: str, generation: Fields, config: Fields) -> tuple[int, ...]:
+    """Read a token id or several from the first of both that has them; early configs write -1 for none."""
+    owner = next((fields for fields in (generation, config) if fields.values.get(key) not in (None, -1)), None)
+    if owner is None:
+        return ()
+    found, rows = owner.token_ids(key), config.integer("vocab_size")
+    if found and max(found) >= rows:
+        raise CheckpointError(f"{owner.origin}: {key} is {max(found)}, but the embedding has {rows} rows")
+    return found
+
+
+def _within(fields: Fields, key: str, most: float = math.inf) -> float:
+    """Read a number from 0 to ``most``, 1 if it is missing."""
+    value = fields.number(key, default=1.0)
+    if not 0 <= value <= most:
+        raise CheckpointError(f"{fields.origin}: {key} is {value:g}, but must be from 0 to {most:g}")
+    return value
 
 
 def provenance(

@@ -23,6 +23,7 @@ _DTYPES: Final[Mapping[str, npt.DTypeLike]] = {
     "BF16": ml_dtypes.bfloat16,
 }
 _MAX_HEADER_BYTES: Final = 100 * 1024 * 1024
+_COMPARED_BYTES: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,27 @@ def read_tensor(name: str, stored: StoredTensor) -> FloatArray:
     if values.size != count:
         raise CheckpointError(f"{stored.path}: the file ends inside tensor {name}", hint="download it again")
     return values.astype(np.float32, copy=False).reshape(stored.info.shape)
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Tell whether two tensors are stored alike, comparing a few MiB at a time.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+    """
+    if one.length != other.length:
+        return False
+    try:
+        with one.path.open("rb") as first, other.path.open("rb") as second:
+            first.seek(one.offset)
+            second.seek(other.offset)
+            for start in range(0, one.length, _COMPARED_BYTES):
+                count = min(_COMPARED_BYTES, one.length - start)
+                if first.read(count) != second.read(count):
+                    return False
+    except OSError as error:
+        raise CheckpointError(f"{one.path}: cannot be read: {error.strerror}") from error
+    return True
 
 
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:

@@ -43,6 +43,7 @@ def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
             f"{checkpoint.path}: the tensors are not those of the architecture; {'; '.join(parts)}",
             missing=tuple(sorted(missing)),
             unused=tuple(sorted(unused)),
+            hint=_mismatch_hint(checkpoint, missing),
         )
     for name, shape in needed.items():
         found = checkpoint.tensors[name].shape
@@ -50,6 +51,19 @@ def check_weights(graph: Graph, checkpoint: Checkpoint, *, tied: bool) -> None:
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name} has shape {list(found)}, but must be {list(shape)}"
             )
+
+
+def _mismatch_hint(checkpoint: Checkpoint, missing: set[str]) -> str | None:
+    quantization = checkpoint.config.values.get("quantization_config")
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "by an unnamed method")
+        return (
+            f"config.json says that the weights are quantized ({method}), which cannot be read: take the model as it "
+            "was before, or a GGUF file of it"
+        )
+    if missing == {"lm_head.weight"}:
+        return "if the head is the embedding, config.json must say so with tie_word_embeddings true"
+    return None
 
 
 def write_weights(
