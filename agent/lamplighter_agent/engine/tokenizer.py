@@ -16,10 +16,18 @@ from lamplighter_agent.package.chat_format import Segment
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
+class _ModelFields(msgspec.Struct):
+    """What stands for text that the vocabulary lacks: a token, or its place in a unigram vocabulary."""
+
+    unk_token: str | None = None
+    unk_id: int | None = None
+
+
 class _TokenizerFile(msgspec.Struct):
-    """The one field of ``tokenizer.json`` read here; vocabulary and merges are skipped, not built as objects."""
+    """The fields of ``tokenizer.json`` read here; vocabulary and merges are skipped, not built as objects."""
 
     decoder: Any = None
+    model: _ModelFields = msgspec.field(default_factory=_ModelFields)
 
 
 class PackageTokenizer:
@@ -28,19 +36,22 @@ class PackageTokenizer:
     Args:
         tokenizer: The loaded tokenizer; padding and truncation are switched off.
         byte_fallback: True if its decoder turns tokens such as ``<0x0A>`` into bytes.
+        unknown: Id of the token for text that the vocabulary lacks, or None.
 
     Attributes:
-        special_ids: Ids of the special tokens, none of which may come from message content.
+        special_ids: Ids of the special tokens. None may come from message content but the one for unknown text.
         byte_token_ids: Ids that stand for one byte each; empty unless ``byte_fallback``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, byte_fallback: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, byte_fallback: bool, unknown: int | None = None) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._anchor: tuple[list[int], str] | None = None
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self._control_ids = self.special_ids - {unknown}
+        self._unknown_text = None if unknown is None else tokenizer.id_to_token(unknown)
         self.byte_token_ids = frozenset(
             token_id
             for token, token_id in (tokenizer.get_vocab().items() if byte_fallback else ())
@@ -57,14 +68,16 @@ class PackageTokenizer:
         """
         try:
             data = path.read_bytes()
-            decoder = msgspec.json.decode(data, type=_TokenizerFile).decoder
+            fields = msgspec.json.decode(data, type=_TokenizerFile)
         except (OSError, UnicodeDecodeError, msgspec.DecodeError) as error:
             raise PackageError(f"{path}: cannot read the tokenizer: {error}") from error
         try:
             tokenizer = Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exception for whatever it does not understand
             raise IncompatiblePackageError(f"{path}: not a tokenizer that this agent understands: {error}") from error
-        return cls(tokenizer, byte_fallback=_uses_byte_fallback(decoder))
+        model = fields.model
+        unknown = model.unk_id if model.unk_token is None else tokenizer.token_to_id(model.unk_token)
+        return cls(tokenizer, byte_fallback=_uses_byte_fallback(fields.decoder), unknown=unknown)
 
     @property
     def vocab_size(self) -> int:
@@ -85,7 +98,7 @@ class PackageTokenizer:
             ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         finally:
             self._tokenizer.encode_special_tokens = False
-        if self.special_ids.isdisjoint(ids):
+        if self._control_ids.isdisjoint(ids) and not self._writes_unknown(text):
             return ids
         # A unigram model may hold a special token's text as an ordinary piece; single characters cannot be one.
         return [token_id for character in text for token_id in self._encode_character(character)]
@@ -103,9 +116,10 @@ class PackageTokenizer:
             for segment in segments
             if segment.trusted
             for token_id in self.encode(segment.text, special=True)
-            if token_id in self.special_ids
+            if token_id in self._control_ids
         ]
-        if [token_id for token_id in ids if token_id in self.special_ids] == wanted:
+        same = [token_id for token_id in ids if token_id in self._control_ids] == wanted
+        if same and not any(self._writes_unknown(segment.text) for segment in segments if not segment.trusted):
             return ids
         return self._encode_guarded(segments)
 
@@ -148,14 +162,18 @@ class PackageTokenizer:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         position = 0
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id in self.special_ids:
+            if token_id in self._control_ids:
                 yield token_id, text[position:start]
                 position = end
         yield None, text[position:]
 
+    def _writes_unknown(self, text: str) -> bool:
+        """Tell whether a text spells the token for unknown text, which may have another meaning, such as the end."""
+        return self._unknown_text is not None and self._unknown_text in text
+
     def _encode_character(self, character: str) -> list[int]:
         ids = self._tokenizer.encode(character, add_special_tokens=False).ids
-        return [token_id for token_id in ids if token_id not in self.special_ids]
+        return [token_id for token_id in ids if token_id not in self._control_ids]
 
 
 def _uses_byte_fallback(decoder: object) -> bool:

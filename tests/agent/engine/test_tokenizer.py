@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.errors import IncompatiblePackageError, PackageError
@@ -79,3 +80,32 @@ def test_an_unknown_kind_of_tokenizer_is_incompatible(tmp_path: Path) -> None:
     path.write_text('{"model": {"type": "Telepathy"}}', encoding="utf-8")
     with pytest.raises(IncompatiblePackageError, match="not a tokenizer that this agent understands"):
         PackageTokenizer.from_file(path)
+
+
+def closed_vocabulary(tmp_path: Path) -> PackageTokenizer:
+    """Words and characters, and a special token for whatever else there is."""
+    pieces = [
+        ("<unk>", 0.0),
+        ("<end>", 0.0),
+        *((text, -2.0) for text in ("▁", "a", "m", "p", "l", "<", ">", "e", "n", "d")),
+    ]
+    tokenizer = Tokenizer(models.Unigram([*pieces, ("▁lamp", -1.0)], unk_id=0, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(["<unk>", "<end>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return PackageTokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+def test_unknown_text_leaves_the_words_beside_it_whole(tmp_path: Path) -> None:
+    tokenizer = closed_vocabulary(tmp_path)
+    lamp, unknown, space = 12, 0, 2
+    assert tokenizer.encode("lamp ÖÖ lamp", special=False) == [lamp, space, unknown, lamp]
+    segments = [Segment("<end>", True), Segment("lamp Ö", False), Segment("<end>", True)]
+    assert tokenizer.encode_segments(segments) == [1, lamp, space, unknown, 1]
+
+
+def test_content_written_as_the_token_for_unknown_text_stays_text(tmp_path: Path) -> None:
+    segments = [Segment("<end>", True), Segment("a<unk>", False), Segment("<end>", True)]
+    ids = closed_vocabulary(tmp_path).encode_segments(segments)
+    letters = [token_id for token_id in ids[1:-1] if token_id != 2]
+    assert letters == [3, 7, 0, 10, 0, 8]  # the vocabulary has no u and no k
