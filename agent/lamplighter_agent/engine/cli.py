@@ -15,9 +15,10 @@ from lamplighter_agent.package.chat_format import ChatMessage
 
 if TYPE_CHECKING:
     from lamplighter_agent.engine.events import TokenLogprob
-    from lamplighter_agent.engine.generate import Engine, Prompt
+    from lamplighter_agent.engine.generate import Engine
     from lamplighter_agent.engine.options import EngineOptions
     from lamplighter_agent.engine.params import GenerationParams
+    from lamplighter_agent.engine.prompts import Prompt
 
 
 def add_commands(commands: Commands) -> None:

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta, TokenLogprob
+from lamplighter_agent.engine.events import Event, Failed, Finished
 from lamplighter_agent.engine.heap import trim_heap
 from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.live import LiveSequence
@@ -31,74 +32,22 @@ from lamplighter_agent.engine.pinned import pinned_tokens, warm
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.prefix_files import PrefixFiles
 from lamplighter_agent.engine.pressure import MemoryGuard
+from lamplighter_agent.engine.prompts import Messages, Prompt, read_messages, read_prompt
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.sampling import Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
+from lamplighter_agent.engine.tokens import Generation, Token
 from lamplighter_agent.errors import EngineError, RequestError
 from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[ChatMessage] | list[int]
-
-
-class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """A step of ``Engine.generate``.
-
-    Attributes:
-        text: Text that became certain, perhaps empty: the texts of one ``index`` join to its whole text.
-        token_ids: The new tokens: one, or with ``echo`` those of the prompt, or with ``num_beams`` those of a beam.
-        logprobs: Of each token, if the request asked for them.
-        index: Which of the request's answers goes on.
-        echo: True where this is the prompt.
-        finished: How it ended, in the last item only.
-    """
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    index: int = 0
-    echo: bool = False
-    finished: Finished | None = None
-
-    @property
-    def token_id(self) -> int | None:
-        """The one new token; None in the last item."""
-        return self.token_ids[0] if self.token_ids else None
-
-    @property
-    def logprob(self) -> TokenLogprob | None:
-        """Its log-probability, if the request asked for it."""
-        return self.logprobs[0] if self.logprobs else None
-
-
-class Generation(Iterator[Token]):
-    """The tokens of one request. Closing or dropping it ends the request, begun or not.
-
-    Args:
-        tokens: Where they come from.
-        end: Ends the request; again without effect.
-    """
-
-    def __init__(self, tokens: Generator[Token], end: Callable[[], None]) -> None:
-        self._tokens = tokens
-        self._end = end
-
-    def __next__(self) -> Token:
-        return next(self._tokens)
-
-    def close(self) -> None:
-        """End the request."""
-        self._tokens.close()
-        # A generator that was never asked for anything does not run its own clean-up.
-        self._end()
-
-    def __del__(self) -> None:
-        self.close()
-
 
 class Engine:
-    """A loaded package. Use ``Engine.load``; one thread at a time.
+    """A loaded package. Use ``Engine.load``, also in a ``with`` statement.
+
+    Threads may share it: what they ask for at the same time is computed together, one step at a time. A generation and
+    a live sequence belong to one thread each.
 
     Attributes:
         manifest: The package's manifest.
@@ -144,12 +93,15 @@ class Engine:
         self.guard = MemoryGuard(self.prefixes, forget=self.scheduler.forget)
         self._numbers = itertools.count(1)
         self._inboxes: dict[str, deque[Event]] = {}
+        # Reentrant, for a dropped generation may end its request in the middle of a step.
+        self._lock = threading.RLock()
+        self._closed = False
         self._warm(options.pinned_prompts)
 
     @classmethod
     def load(
         cls,
-        package: Path,
+        package: Path | str,
         *,
         options: EngineOptions | None = None,
         prepared_root: Path | None = None,
@@ -172,6 +124,7 @@ class Engine:
         """
         options = EngineOptions() if options is None else options
         options.validate()
+        package = Path(package)
         opened = open_package(package, options, prepared_root)
         files = None
         if prefix_root is not None and options.prefix_disk_bytes:
@@ -184,31 +137,30 @@ class Engine:
 
         Args:
             prompt: Text, in which special tokens are plain characters; messages, rendered with the package's chat
-                format; or token ids, taken as they are.
+                format, also as dictionaries with ``role`` and ``content``; or token ids, taken as they are.
 
         Raises:
             RequestError: If the package has no chat format, the messages do not suit it, or it is none of these.
         """
-        if isinstance(prompt, str):
+        read = read_prompt(prompt)
+        if isinstance(read, str):
             generation = self.manifest.generation
             begin = (
                 [generation.bos_token_id] if generation.add_bos_token and generation.bos_token_id is not None else []
             )
-            return begin + self.tokenizer.encode(prompt, special=False)
-        messages = [item for item in prompt if isinstance(item, ChatMessage)]
+            return begin + self.tokenizer.encode(read, special=False)
+        messages = [item for item in read if isinstance(item, ChatMessage)]
         if not messages:
-            return _token_ids(prompt)
-        if len(messages) < len(prompt):
-            raise RequestError("the prompt mixes messages with something else", param="prompt")
+            return [item for item in read if isinstance(item, int)]
         return self.tokenizer.encode_segments(self._chat_format().render(messages))
 
-    def apply_chat_format(self, messages: list[ChatMessage]) -> str:
+    def apply_chat_format(self, messages: Messages) -> str:
         """Return a conversation as the model reads it, with the beginning of an answer.
 
         Raises:
             RequestError: If the package has no chat format, or the messages do not suit it.
         """
-        return "".join(segment.text for segment in self._chat_format().render(messages))
+        return "".join(segment.text for segment in self._chat_format().render(read_messages(messages)))
 
     def open(
         self,
@@ -231,6 +183,7 @@ class Engine:
             RequestError: If an option is out of range or no slot is free.
             ContextOverflowError: If the prompt does not fit.
         """
+        self._check_open()
         most = self.plan.max_context_tokens
         capacity = (
             min(most, self.plan.kv_tokens // self.plan.slots) if max_context_tokens is None else max_context_tokens
@@ -244,12 +197,14 @@ class Engine:
             self.scheduler,
             self.tokenizer,
             self.manifest.chat_format,
-            (GenerationParams() if params is None else params),
+            _options(params),
             capacity=capacity,
+            lock=self._lock,
             scorer=scorer,
         )
         try:
-            messages = [item for item in prompt or () if isinstance(item, ChatMessage)]
+            read = [] if prompt is None else read_prompt(prompt)
+            messages = [item for item in read if isinstance(item, ChatMessage)]
             if messages:
                 live.append_messages(messages)
             elif prompt is not None:
@@ -274,11 +229,12 @@ class Engine:
             ContextOverflowError: If the prompt does not fit.
             EngineError: If the model fails.
         """
-        request_id = f"generate-{next(self._numbers)}"
-        self.guard.admit()
-        params = GenerationParams() if params is None else params
-        self.scheduler.submit(request_id, self.encode_prompt(prompt), params, scorer=scorer)
-        self._inboxes[request_id] = deque()
+        request_id, tokens = f"generate-{next(self._numbers)}", self.encode_prompt(prompt)
+        with self._lock:
+            self._check_open()
+            self.guard.admit()
+            self.scheduler.submit(request_id, tokens, _options(params), scorer=scorer)
+            self._inboxes[request_id] = deque()
         return Generation(self._iterate(request_id), lambda: self._forget(request_id))
 
     def embed(self, text: str | list[int]) -> NDArray[np.float32]:
@@ -289,21 +245,38 @@ class Engine:
             ContextOverflowError: If the text does not fit.
             EngineError: If the model fails.
         """
-        request_id = f"embed-{next(self._numbers)}"
-        self.scheduler.submit_embedding(request_id, self.encode_prompt(text))
-        self._inboxes[request_id] = deque()
+        request_id, tokens = f"embed-{next(self._numbers)}", self.encode_prompt(text)
+        with self._lock:
+            self._check_open()
+            self.scheduler.submit_embedding(request_id, tokens)
+            self._inboxes[request_id] = deque()
         for token in self._iterate(request_id):
             if token.finished is not None and token.finished.embedding is not None:
                 return np.array(token.finished.embedding, dtype=np.float32)
         raise EngineError("the text was not computed")
 
     def close(self) -> None:
-        """End all requests and let go of the model; the system gets most memory back only when the process ends."""
-        for request_id in list(self._inboxes):
-            self.scheduler.cancel(request_id)
-        self._inboxes.clear()
-        if self._prefix_files is not None:
-            self._prefix_files.save(self.prefixes)
+        """End all requests and keep prefixes; again without effect.
+
+        The model goes when the engine is dropped, and most of its memory only when the process ends.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for request_id in list(self._inboxes):
+                self.scheduler.cancel(request_id)
+            self._inboxes.clear()
+            if self._prefix_files is not None:
+                self._prefix_files.save(self.prefixes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def forget_prefixes(self) -> None:
         """Forget what prompts began with, in memory and on the disk."""
@@ -340,7 +313,7 @@ class Engine:
         try:
             while True:
                 while not inbox:
-                    self._step()
+                    self._step(inbox)
                 event = inbox.popleft()
                 if isinstance(event, Failed):
                     if event.code is None:
@@ -352,32 +325,32 @@ class Engine:
                             yield Token(text=choice.text_tail, index=choice.index)
                     yield Token(text=event.text_tail, finished=event)
                     return
-                yield _token(event)
+                yield Token.of(event)
         finally:
             self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
-        if self._inboxes.pop(request_id, None) is not None:
-            self.scheduler.cancel(request_id)
+        with self._lock:
+            if self._inboxes.pop(request_id, None) is not None:
+                self.scheduler.cancel(request_id)
 
-    def _step(self) -> None:
-        for event in self.scheduler.step():
-            inbox = self._inboxes.get(event.request_id)
-            if inbox is not None:
-                inbox.append(event)
+    def _step(self, inbox: deque[Event]) -> None:
+        """Compute a step of all requests, unless another thread's step has filled the inbox meanwhile."""
+        with self._lock:
+            self._check_open()
+            for event in () if inbox else self.scheduler.step():
+                asking = self._inboxes.get(event.request_id)
+                if asking is not None:
+                    asking.append(event)
 
-
-def _token_ids(prompt: Iterable[object]) -> list[int]:
-    """Return token ids as Python's integers; numpy's are taken too."""
-    try:
-        return [operator.index(item) for item in prompt]  # type: ignore[arg-type]
-    except TypeError as error:
-        raise RequestError(
-            f"a prompt is a text, messages or token ids, but it holds something else: {error}", param="prompt"
-        ) from error
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed", hint="load the package again")
 
 
-def _token(event: TextDelta) -> Token:
-    return Token(
-        text=event.text, token_ids=event.token_ids, logprobs=event.logprobs or (), index=event.index, echo=event.echo
-    )
+def _options(params: GenerationParams | None) -> GenerationParams:
+    if params is None:
+        return GenerationParams()
+    if not isinstance(params, GenerationParams):
+        raise RequestError(f"params is a {type(params).__name__}, but must be GenerationParams", param="params")
+    return params

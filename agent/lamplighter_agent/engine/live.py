@@ -8,6 +8,7 @@ when the next token is asked for, behind what the cache holds already. Draws are
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Final
 
@@ -19,6 +20,7 @@ from lamplighter_agent.engine.history import History
 from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.lending import Lender
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.prompts import Messages, read_messages
 from lamplighter_agent.engine.sampling import Sampler, Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
@@ -48,7 +50,7 @@ class LiveToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LiveSequence:
-    """A live text; made by ``Engine.open``. Close it, or use it in a ``with`` statement, to give its slot back.
+    """A live text; made by ``Engine.open``. Closing, dropping or leaving its ``with`` statement gives its slot back.
 
     Args:
         scheduler: Lends the slot.
@@ -56,8 +58,11 @@ class LiveSequence:
         chat_format: The package's chat format, for ``append_messages``.
         params: First options.
         capacity: Most tokens of the text.
+        lock: Held while the model or its cache are in use, which others share.
         scorer: The caller's own rule.
     """
+
+    _closed = True
 
     def __init__(
         self,
@@ -67,6 +72,7 @@ class LiveSequence:
         params: GenerationParams,
         *,
         capacity: int,
+        lock: AbstractContextManager[object],
         scorer: Scorer | None = None,
     ) -> None:
         self._lender: Lender = scheduler.lender
@@ -74,6 +80,7 @@ class LiveSequence:
         self._tokenizer = tokenizer
         self._chat_format = chat_format
         self._capacity = capacity
+        self._lock = lock
         self._scorer = scorer
         self._params = _checked(params)
         self._history = History([])
@@ -84,7 +91,8 @@ class LiveSequence:
         self._detokenizer: StreamingDetokenizer
         self._stops: StopStrings
         self._begin_text()
-        self._slot = self._lender.lend(capacity)
+        with lock:
+            self._slot = self._lender.lend(capacity)
         self._closed = False
 
     @property
@@ -129,7 +137,7 @@ class LiveSequence:
         if tokens:
             self._append(tokens)
 
-    def append_messages(self, messages: Sequence[ChatMessage]) -> None:
+    def append_messages(self, messages: Messages) -> None:
         """Add messages as the chat format writes them behind the conversation so far, and open an answer.
 
         The answer that was generated before them is the assistant's message. Where the format writes the conversation
@@ -142,6 +150,7 @@ class LiveSequence:
         """
         if self._chat_format is None:
             raise RequestError("this package has no chat format", param="messages", hint="append text")
+        messages = read_messages(messages)
         conversation = list(self._messages)
         written = ""
         if conversation:
@@ -169,7 +178,8 @@ class LiveSequence:
             raise RequestError(f"length is {length}, but must be 0 to {len(self._history)}", param="length")
         dropped = len(self._history) - length
         cache = self._lender.cache
-        cache.trim(self._slot, max(cache.offset(self._slot) - max(length - _AGAIN_TOKENS, 0), 0))
+        with self._lock:
+            cache.trim(self._slot, max(cache.offset(self._slot) - max(length - _AGAIN_TOKENS, 0), 0))
         inside = length >= max(self._history.prompt_tokens, self._grammar_from)
         self._history.rewind(length)
         if inside:
@@ -245,7 +255,11 @@ class LiveSequence:
         """Give the slot back; again without effect."""
         if not self._closed:
             self._closed = True
-            self._lender.take_back(self._slot)
+            with self._lock:
+                self._lender.take_back(self._slot)
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> LiveSequence:
         return self
@@ -282,7 +296,8 @@ class LiveSequence:
             raise RequestError("the text is empty: append something first", param="prompt")
         self._check_room(1)
         if self._logits is None:
-            self._logits = self._lender.compute(self._slot, self.tokens)
+            with self._lock:
+                self._logits = self._lender.compute(self._slot, self.tokens)
         return self._logits
 
     def _check_open(self) -> None:

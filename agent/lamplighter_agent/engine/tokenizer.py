@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from lamplighter_agent.errors import IncompatiblePackageError, PackageError
+from lamplighter_agent.errors import IncompatiblePackageError, PackageError, RequestError
 from lamplighter_agent.package.chat_format import Segment
 
 _BYTE_TOKEN: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -31,7 +32,7 @@ class _TokenizerFile(msgspec.Struct):
 
 
 class PackageTokenizer:
-    """Wraps ``tokenizers.Tokenizer``; not safe for use by several threads at once.
+    """Wraps ``tokenizers.Tokenizer``; several threads may use it.
 
     Args:
         tokenizer: The loaded tokenizer; padding and truncation are switched off.
@@ -47,6 +48,8 @@ class PackageTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
+        # Whether special tokens count is a setting of the tokenizer, not of a call.
+        self._lock = threading.Lock()
         self._anchor: tuple[list[int], str] | None = None
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -90,14 +93,18 @@ class PackageTokenizer:
         Args:
             text: The text.
             special: True if special tokens written in the text count as such; False reads them as plain characters.
+
+        Raises:
+            RequestError: If the text holds half of a surrogate pair.
         """
+        with self._lock:
+            self._tokenizer.encode_special_tokens = not special
+            try:
+                ids = list(self._encode(text).ids)
+            finally:
+                self._tokenizer.encode_special_tokens = False
         if special:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        self._tokenizer.encode_special_tokens = True
-        try:
-            ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        finally:
-            self._tokenizer.encode_special_tokens = False
+            return ids
         if self._control_ids.isdisjoint(ids) and not self._writes_unknown(text):
             return ids
         # A unigram model may hold a special token's text as an ordinary piece; single characters cannot be one.
@@ -142,6 +149,14 @@ class PackageTokenizer:
         """Return the tokenizer as ``tokenizer.json`` has it."""
         return str(self._tokenizer.to_str())
 
+    def _encode(self, text: str) -> Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise RequestError(
+                "the text holds half of a surrogate pair, which is no character", param="prompt"
+            ) from error
+
     def _encode_guarded(self, segments: list[Segment]) -> list[int]:
         ids: list[int] = []
         run = ""
@@ -159,7 +174,8 @@ class PackageTokenizer:
 
     def _split_special(self, text: str) -> Iterator[tuple[int | None, str]]:
         """Yield each special token of trusted text with the plain text before it, then None with the rest."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        with self._lock:
+            encoding = self._encode(text)
         position = 0
         for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id in self._control_ids:
@@ -172,7 +188,7 @@ class PackageTokenizer:
         return self._unknown_text is not None and self._unknown_text in text
 
     def _encode_character(self, character: str) -> list[int]:
-        ids = self._tokenizer.encode(character, add_special_tokens=False).ids
+        ids = self._encode(character).ids
         return [token_id for token_id in ids if token_id not in self._control_ids]
 
 

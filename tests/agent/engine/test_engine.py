@@ -13,11 +13,13 @@ import pytest
 
 from lamplighter_agent.engine.bench import run_bench
 from lamplighter_agent.engine.events import Finished, TextDelta
-from lamplighter_agent.engine.generate import Engine, Prompt, Token
+from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.prompts import Prompt
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.session import ModelSession
+from lamplighter_agent.engine.tokens import Token
 from lamplighter_agent.errors import (
     ContextOverflowError,
     IncompatiblePackageError,
