@@ -4,6 +4,10 @@ Frantar et al., *GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 from the largest to the smallest diagonal of the Hessian, and every block keeps the scale and zero point that least
 squares gave it (``static groups``), so that no index of features is stored, which would cost the kernels their fast
 path. At the end the scales of a row are solved for together, for the codes that were found.
+
+What an error adds to the features after it is read off ``H = M @ D @ M.T``, M upper and unit, as in Chee et al., *QuIP:
+2-Bit Quantization of Large Language Models With Guarantees* (2023), who prove that it comes to the same. It takes one
+factorization, where the inverse of H and its factor take four times the work.
 """
 
 from __future__ import annotations
@@ -54,13 +58,12 @@ def quantize_gptq(weight: FloatArray, block_format: BlockFormat, hessian: FloatA
 def conditional_variance(hessian: FloatArray) -> FloatArray:
     """Return for each feature what a squared unit of its rounding error costs once later features made up for it.
 
-    It is the diagonal of D in ``H = L @ D @ L.T``, in GPTQ's order of features: [K], float32.
+    It is the diagonal of D in ``H = M @ D @ M.T``, M upper and unit, in GPTQ's order of features: [K], float32.
     """
     damped = damp(torch.from_numpy(hessian))
     order = _order(damped)
-    upper = _inverse_factor(damped[order][:, order])
     variance = torch.empty(len(order))
-    variance[order] = upper.diagonal().square().reciprocal()
+    variance[order] = _upper_factor(damped, order).diagonal().square().float()
     return variance.numpy()
 
 
@@ -79,11 +82,11 @@ def _order(damped: torch.Tensor) -> torch.Tensor:
     return torch.argsort(damped.diagonal(), descending=True, stable=True)
 
 
-def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
-    """Return the upper Cholesky factor of the inverse, computed in float64."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True).float()
-    return factor
+def _upper_factor(damped: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return the upper V of ``H = V @ V.T``, H with its features in an order: [K, K], computed in float64."""
+    backwards = order.flip(0)
+    lower: torch.Tensor = torch.linalg.cholesky(damped[backwards[:, None], backwards].double())
+    return lower.flip(0, 1)
 
 
 def _zero_points(matrix: QuantizedMatrix) -> torch.Tensor:
@@ -101,10 +104,13 @@ def _propagate(
 ) -> torch.Tensor:
     """Round feature by feature and spread each error; return the codes, float32 [N, K]."""
     order = _order(damped)
-    upper = _inverse_factor(damped[order][:, order])
+    upper = _upper_factor(damped, order)
+    spread = (upper / upper.diagonal()).float()
+    del upper
     blocks = torch.div(order, start.format.block_size, rounding_mode="floor").tolist()
     # Features first: every step below works on whole rows of memory.
-    rest = weight.t()[order].contiguous()
+    wanted = weight.t()[order].contiguous()
+    rest = wanted.clone()
     scales = torch.from_numpy(start.scales).t().contiguous()
     divisors = torch.where(scales == 0, torch.ones_like(scales), scales)
     zeros = zero_points.t().contiguous()
@@ -113,15 +119,14 @@ def _propagate(
     for begin in range(0, len(rest), _STRIDE):
         end = min(begin + _STRIDE, len(rest))
         part, errors = rest[begin:end], torch.empty_like(rest[begin:end])
-        factor = upper[begin:end, begin:end]
+        factor = spread[begin:end, begin:end]
         for index in range(end - begin):
             block = blocks[begin + index]
             code = (part[index] / divisors[block]).round_().add_(zeros[block]).clamp_(0.0, top)
             found[begin + index] = code
-            error = part[index] - (code - zeros[block]) * scales[block]
-            errors[index] = error.div_(factor[index, index])
-            part[index + 1 :].addr_(factor[index, index + 1 :], errors[index], alpha=-1)
-        rest[end:].addmm_(upper[begin:end, end:].t(), errors, alpha=-1)
+            errors[index] = wanted[begin + index] - (code - zeros[block]) * scales[block]
+            part[index + 1 :].addr_(factor[index, index + 1 :], errors[index])
+        rest[end:].addmm_(spread[begin:end, end:].t(), errors)
     codes = torch.empty_like(found)
     codes[order] = found
     return codes.t().contiguous()
