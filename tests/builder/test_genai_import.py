@@ -91,6 +91,22 @@ def test_our_own_package_comes_back_as_it_was(tiny_int4: Path, folder: Path, tmp
         verify_file(tmp_path / "package" / entry.name, entry)
 
 
+def test_codes_of_five_and_six_bits_are_told_as_what_they_are(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    built = ["build", "-m", str(tiny_checkpoint), "-o", str(tmp_path / "built"), "-p", "int4", "--licence", "MIT"]
+    assert main([*built, "--target-mb", "0.2", "--calibration", __file__, "--no-fidelity"]) == 0
+    manifest = do_import(strip(tmp_path / "built", tmp_path / "folder"), tmp_path / "imported")
+    original = read_manifest(tmp_path / "built")
+    assert {group.bits for group in original.precision.groups} >= {4, 5, 6}
+    facts = [
+        {(group.name, group.bits, group.block_size, group.symmetric, group.length_bytes) for group in one.groups}
+        for one in (manifest.precision, original.precision)
+    ]
+    assert facts[0] == facts[1]
+    assert manifest.memory.weights_bytes == original.memory.weights_bytes
+    assert manifest.model.parameters == original.model.parameters
+    assert manifest.self_tests == original.self_tests
+
+
 def test_folder_whose_graph_leaves_its_cache_open_is_evaluated_as_the_package(
     tiny_int4: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
