@@ -3,6 +3,7 @@
     scripts/bench quantization --model CHECKPOINT                    methods one by one, and together at three sizes
     scripts/bench quantization --model CHECKPOINT --sizes 90 120     other sizes, in megabytes
     scripts/bench quantization --model CHECKPOINT --text FILE        compare on a text of your own as well
+    scripts/bench quantization --model CHECKPOINT --only gptq        methods whose name holds a word
 
 Every row is a model that is written, loaded by onnxruntime and compared with the checkpoint on text that nothing was
 calibrated on. The checkpoint is listened to once, for all rows.
@@ -160,6 +161,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="a checkpoint: directory, GGUF file or hub id")
     parser.add_argument("--sizes", type=float, nargs="*", default=SIZES_MB, metavar="MB", help="sizes of the model")
     parser.add_argument("--text", type=Path, action="append", default=[], help="UTF-8 text to compare on as well")
+    parser.add_argument("--only", default="", metavar="WORD", help="only methods whose name holds this")
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each row instead")
     arguments = parser.parse_args()
     bench = Bench(arguments.model, arguments.text)
@@ -169,10 +171,9 @@ def main() -> int:
         texts = "".join(f" KL, {name} |" for name in names)
         print(f"| method | asked MB | MB |{texts} top-1 | quantizing s |")
         print("|---|---|---|" + "---|" * (len(arguments.text) + 3))
-    for method in ALONE:
-        show(bench.run(method, None))
-    for size in arguments.sizes:
-        for method in TOGETHER:
+    rows = [(method, None) for method in ALONE] + [(method, size) for size in arguments.sizes for method in TOGETHER]
+    for method, size in rows:
+        if arguments.only in method.name:
             show(bench.run(method, size))
     return 0
 
