@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,6 +30,7 @@ from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.safetensors_file import StoredTensor, TensorInfo, read_safetensors_header, read_tensor
+from lamplighter_builder.text_part import TextPart, alone
 
 _CONFIG_NAME: Final = "adapter_config.json"
 _WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -182,14 +183,16 @@ class AdaptedCheckpoint(Checkpoint):
         """Sort the adapter's tensors into changes and replacements, every one of them."""
         factors: dict[str, dict[str, StoredTensor]] = {}
         embeddings: set[str] = set()
-        unknown: list[str] = []
+        unknown, left_out = list[str](), list[str]()
         for name, stored in read_safetensors_header(self._weights).items():
             if ".lora_magnitude_vector" in name:
                 raise UnsupportedModelError(f"{self._weights}: tensor {name} belongs to DoRA, which is not supported")
             bare = name.removeprefix(_PREFIX)
             ending = next((ending for ending in _PARTS if bare.endswith(ending)), None)
-            target = bare if ending is None else bare.removesuffix(ending) + ".weight"
-            if target not in self._sources:
+            target = alone(bare if ending is None else bare.removesuffix(ending) + ".weight")
+            if isinstance(self._base, TextPart) and self._base.leaves_out(target):
+                left_out.append(target)
+            elif target not in self._sources:
                 unknown.append(name)
             elif ending is None:
                 self._replaced[target] = stored
@@ -207,7 +210,7 @@ class AdaptedCheckpoint(Checkpoint):
             self._changes[target] = self._low_rank(target, parts, settings, embedding=target in embeddings)
         for target, stored in self._replaced.items():
             self._check_shape(target, stored, self._base.tensors[self._sources[target]].shape)
-        self._check_targets(settings)
+        self._check_targets(settings, left_out)
 
     def _low_rank(
         self, target: str, parts: Mapping[str, StoredTensor], settings: Fields, *, embedding: bool
@@ -232,11 +235,11 @@ class AdaptedCheckpoint(Checkpoint):
                 f"{self._weights}: {what} has shape {list(stored.info.shape)}, but must be {list(expected)}"
             )
 
-    def _check_targets(self, settings: Fields) -> None:
+    def _check_targets(self, settings: Fields, left_out: Sequence[str]) -> None:
         """Compare with what the config says that it changes, so that no part of the adapter was lost."""
         for key, found in (("target_modules", self._changes), ("modules_to_save", self._replaced)):
             for module in settings.texts(key) or () if isinstance(settings.values.get(key), list) else ():
-                if not any(f".{name}".endswith(f".{module}.weight") for name in found):
+                if not any(f".{name}".endswith(f".{module}.weight") for name in (*found, *left_out)):
                     raise WeightMismatchError(
                         f"{settings.origin}: {key} names {module}, but {self._weights.name} has no tensor of it",
                         missing=(module,),

@@ -65,7 +65,7 @@ class TextPart(Checkpoint):
         defaults = TEXT_DEFAULTS[whole.config.text("model_type")]
         shared = {key: whole.config.values[key] for key in _TOKENS if whole.config.has(key)}
         self.config = Fields({**defaults, **shared, **text.values}, text.origin)
-        self._names = {_alone(name): name for name in whole.tensors if not name.startswith(_OTHERS)}
+        self._names = {alone(name): name for name in whole.tensors if not self.leaves_out(name)}
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -100,6 +100,10 @@ class TextPart(Checkpoint):
         """Read one matrix as codes and scales, or None."""
         return self._whole.quantized(self._names[name])
 
+    def leaves_out(self, name: str) -> bool:
+        """Tell whether a tensor belongs to what is not the language model."""
+        return name.startswith(_OTHERS)
+
     def tokenizer(self) -> TokenizerFiles:
         """Read the tokenizer.
 
@@ -109,7 +113,8 @@ class TextPart(Checkpoint):
         return self._whole.tokenizer()
 
 
-def _alone(name: str) -> str:
+def alone(name: str) -> str:
+    """Return the name that a tensor of the language model has where that stands alone; any other name as it is."""
     for prefix, other in _RENAMED:
         if name.startswith(prefix):
             return other + name.removeprefix(prefix)

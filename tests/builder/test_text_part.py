@@ -13,6 +13,7 @@ from lamplighter_agent.package.manifest import decode_manifest
 from lamplighter_builder.cli import main
 from lamplighter_builder.parity import Reference, compare_logits
 from lamplighter_builder.runner import Runner
+from lamplighter_builder.sources import open_checkpoint
 from support.families import write_family_checkpoint
 from support.parity_depths import random_tokens
 
@@ -72,3 +73,21 @@ def test_what_is_not_understood_is_named(
     assert main(["build", "-m", str(whole), "-o", str(tmp_path / "package"), "-p", "fp32"]) == 10
     wanted = "'text_config' is missing" if change == "no text_config" else "not used: audio_tower.weight"
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [OLD, NEW], ids=["old", "new"])
+def test_an_adapter_of_the_whole_changes_its_language_model(names: dict[str, str], text: Path, tmp_path: Path) -> None:
+    whole, module = with_pictures(text, tmp_path / "whole", names), "layers.0.self_attn.q_proj"
+    weight = load_file(text / "model.safetensors")[f"model.{module}.weight"]
+    a, b = torch.ones(2, weight.shape[1]), torch.full((weight.shape[0], 2), 0.5)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "fc1"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    ours, others = f"base_model.model.{names['model.']}{module}", f"base_model.model.{names['vision']}fc1"
+    factors = {
+        f"{one}.lora_{part}.weight": value.clone() for one in (ours, others) for part, value in (("A", a), ("B", b))
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    found = open_checkpoint(str(whole), None, adapter).read(f"model.{module}.weight")
+    torch.testing.assert_close(torch.from_numpy(found), weight + 3 * b @ a)
