@@ -134,10 +134,13 @@ def _formats(chosen: Mapping[str, Choice]) -> dict[str, BlockFormat]:
 
 
 def scheme_of(formats: Mapping[str, BlockFormat]) -> Scheme:
-    """Return the scheme of chosen formats by path; what has not been calibrated is quantized by least squares."""
+    """Return the scheme of chosen formats by path; what has not been calibrated is quantized by least squares.
+
+    A path without a format is a matrix that no format fits: the plain one does not either.
+    """
 
     def recipe(path: str) -> MatrixRecipe:
-        block_format = formats[path]
+        block_format = formats.get(path, PLAIN)
         return MatrixRecipe(block_format, lambda weight: quantize_least_squares(weight, block_format))
 
     return recipe

@@ -314,6 +314,8 @@ class Calibrator:
 
         def visit(path: str, module: nn.Linear, x: torch.Tensor) -> None:
             name = f"{path}.weight"
+            if name not in formats:  # its rows are no whole blocks, and it stays as it is
+                return
             hessian = weighted_hessian(x, sensitivities[name].token_weights)
             weight = module.weight.detach().numpy()
             matrix = self._quantizer(weight, formats[name], hessian)

@@ -127,7 +127,7 @@ class QuantizedEmbedding:
 
 
 class QuantizedEmbeddingFactory:
-    """Declares :class:`QuantizedEmbedding`.
+    """Declares :class:`QuantizedEmbedding`, or :class:`FloatEmbedding` where a row is no whole blocks.
 
     Args:
         scheme: Chooses format and quantizer by the table's name.
@@ -136,6 +136,9 @@ class QuantizedEmbeddingFactory:
     def __init__(self, scheme: Scheme) -> None:
         self._scheme = scheme
 
-    def __call__(self, graph: Graph, spec: EmbeddingSpec) -> QuantizedEmbedding:
+    def __call__(self, graph: Graph, spec: EmbeddingSpec) -> Embedding:
         """Declare the table's weight."""
-        return QuantizedEmbedding(graph, spec, self._scheme(spec.name))
+        recipe = self._scheme(spec.name)
+        if not recipe.format.fits(spec.hidden_size):
+            return FloatEmbedding(graph, spec)
+        return QuantizedEmbedding(graph, spec, recipe)

@@ -97,6 +97,8 @@ class FloatLinear:
 class QuantizedLinear:
     """``MatMulNBits``: codes uint8 [N, blocks, block_size * bits / 8], scales float32 [N, blocks].
 
+    A layer whose rows are no whole blocks stays as :class:`FloatLinear` has it.
+
     Args:
         scheme: Chooses format and quantizer of a matrix by the layer's name.
     """
@@ -107,6 +109,8 @@ class QuantizedLinear:
     def __call__(self, graph: Graph, x: Value, spec: LinearSpec) -> Value:
         """Apply the layer to ``x`` [B, S, in_features] and return [B, S, out_features]."""
         recipe = self._scheme(spec.name)
+        if not recipe.format.fits(spec.in_features):
+            return FloatLinear()(graph, x, spec)
         outputs = quantized_specs(spec.name, recipe.format, spec.out_features, spec.in_features)
 
         def convert(sources: Sequence[FloatArray]) -> list[Array]:

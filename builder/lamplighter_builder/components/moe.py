@@ -131,7 +131,7 @@ class FloatExperts:
 
 
 class QuantizedExperts:
-    """``QMoE``: only the experts that a token takes are computed.
+    """``QMoE``: only the experts that a token takes are computed. Matrices whose rows are no whole blocks stay floats.
 
     Codes are uint8 [num_experts, N, K * bits / 8], scales float32 [num_experts, N, blocks]; the rows of gate and up
     take turns, which is the layout that the CPU kernel knows.
@@ -154,6 +154,8 @@ class QuantizedExperts:
                 f"{spec.name}: quantized experts support the activation silu only", hint="build with -p fp32"
             )
         gate_up, down = self._scheme(f"{spec.name}.gate_up").format, self._scheme(f"{spec.name}.down").format
+        if not (gate_up.fits(spec.hidden_size) and down.fits(spec.intermediate_size)):
+            return FloatExperts()(graph, x, weights, spec)
         if gate_up.block_size != down.block_size:
             raise UnsupportedModelError(f"{spec.name}: quantized experts need one block size")
         attributes: dict[str, Attribute] = {

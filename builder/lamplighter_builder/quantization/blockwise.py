@@ -75,6 +75,10 @@ class BlockFormat:
         zero_points = 0 if self.symmetric else -(-blocks * self.kernel_bits // 8)
         return out_features * (in_features * self.bits // 8 + 2 * blocks + zero_points)
 
+    def fits(self, in_features: int) -> bool:
+        """Tell whether rows of ``in_features`` weights are whole blocks."""
+        return in_features % self.block_size == 0
+
     def blocks(self, in_features: int) -> int:
         """Return the number of blocks in a row of ``in_features`` weights.
 
@@ -82,7 +86,7 @@ class BlockFormat:
             UnsupportedModelError: If ``in_features`` is no multiple of the block size. The operators would allow a
                 padded last block, but then the matrix cannot be shared between embedding and head.
         """
-        if in_features % self.block_size:
+        if not self.fits(in_features):
             raise UnsupportedModelError(
                 f"a matrix has {in_features} in features, which is no multiple of the block size {self.block_size}",
                 hint="build the model with -p fp16 or -p fp32",
