@@ -117,7 +117,9 @@ def split_matmul_biases(model: ModelProto) -> None:
 
 
 def unpack_attention(model: ModelProto, *, head_dim: int, rotary_dim: int) -> None:
-    """Split packed projections and rotate outside ``GroupQueryAttention``: DirectML's kernel does neither.
+    """Split packed projections and rotate outside ``GroupQueryAttention``.
+
+    DirectML's kernel does neither, and no kernel rotates every number of features.
 
     ::
 

@@ -27,6 +27,7 @@ import onnx
 from lamplighter_agent.errors import BuildError
 from lamplighter_agent.package.manifest import CacheDtype, ExecutionProvider
 from lamplighter_builder import lowering
+from lamplighter_builder.components.rope import ROTARY_STEP
 from lamplighter_builder.graph import Array, TensorSpec, Weight
 
 _GPU_OPSET: Final = 21
@@ -93,8 +94,11 @@ class GraphTarget:
     def lower(self, model: onnx.ModelProto, *, head_dim: int, rotary_dim: int) -> None:
         """Rewrite a finished graph, whose external tensors lie in the file as ``stored`` says, in place."""
         lowering.adopt_stored_types(model)
+        rotates_apart = self.provider == "dml" or rotary_dim % ROTARY_STEP != 0
         if self.provider == "cpu":
             lowering.widen_half_tensors(model)
+            if rotates_apart:
+                lowering.unpack_attention(model, head_dim=head_dim, rotary_dim=rotary_dim)
             return
         if self.half_arithmetic:
             lowering.compute_in_half(model)
@@ -103,5 +107,6 @@ class GraphTarget:
         lowering.split_matmul_biases(model)
         if self.provider == "dml":
             lowering.drop_unused_norm_outputs(model)
+        if rotates_apart:
             lowering.unpack_attention(model, head_dim=head_dim, rotary_dim=rotary_dim)
         lowering.set_versions(model, opset=_GPU_OPSET, ir_version=_GPU_IR_VERSION)

@@ -11,6 +11,7 @@ import torch
 from lamplighter_agent.errors import BuildError, CheckpointError, UnsupportedModelError, WeightMismatchError
 from lamplighter_agent.package.manifest import Manifest, read_manifest
 from lamplighter_builder.fields import Fields
+from lamplighter_builder.precision import float_parts
 from lamplighter_builder.registry import MODEL_MODULES, find_architecture
 from support.families import FAMILIES, LONG_ROPE_SWITCH, WINDOW, load_reference, write_family_checkpoint
 from support.tiny_model import build_tiny_package
@@ -94,9 +95,11 @@ def test_factors_of_another_length_are_refused(configs: Callable[[str], dict[str
         read_architecture(config | {"rope_parameters": rope | {"long_factor": [1.0, 2.0, 3.0]}})
 
 
-def test_heads_that_the_operator_cannot_rotate_are_refused(configs: Callable[[str], dict[str, object]]) -> None:
-    with pytest.raises(UnsupportedModelError, match="24 rotated features"):
-        read_architecture(configs("qwen3") | {"head_dim": 24})
+def test_heads_that_the_operator_does_not_take_are_refused(configs: Callable[[str], dict[str, object]]) -> None:
+    config = Fields(configs("qwen3") | {"head_dim": 100}, "config.json")
+    with pytest.raises(UnsupportedModelError, match="heads of 100 features are not supported") as caught:
+        find_architecture("qwen3").make(config, float_parts())
+    assert "multiples of 8" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("early_name", ["su", "yarn"])

@@ -67,6 +67,7 @@ FAMILIES: Final[Mapping[str, Options]] = MappingProxyType(
             "model_type": "llama",
             "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
         },
+        "llama-narrow-heads": {"model_type": "llama", "rope_parameters": _DEFAULT_ROPE, "head_dim": 8},
         "qwen2": {"model_type": "qwen2", "rope_parameters": _DEFAULT_ROPE, "tie_word_embeddings": True},
         "qwen2-yarn-windowed": {
             "model_type": "qwen2",

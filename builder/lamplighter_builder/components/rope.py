@@ -21,8 +21,9 @@ from lamplighter_builder.graph import NO_VALUE, Graph, TensorSpec, Value, Weight
 Frequencies = npt.NDArray[np.float32]
 Table = npt.NDArray[np.float32]
 
-_ROTARY_STEP: Final = 16
-"""``GroupQueryAttention`` takes tables whose width, half of what is rotated, is a multiple of 8."""
+ROTARY_STEP: Final = 16
+"""``GroupQueryAttention`` rotates with tables whose width, half of what is rotated, is a multiple of 8. Other
+numbers of features are rotated in nodes of their own, which take positions."""
 
 _SUPPORTED: Final = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -298,13 +299,10 @@ def make_rope(config: Fields, nested: Fields | None, *, theta: float, rotary_dim
 
     Raises:
         CheckpointError: If a field is missing or of another type.
-        UnsupportedModelError: If the scaling is of another kind, or the operator cannot rotate so many features.
+        UnsupportedModelError: If the scaling is of another kind, or the number of features is odd.
     """
-    if rotary_dim % _ROTARY_STEP:
-        raise UnsupportedModelError(
-            f"{config.origin}: {rotary_dim} rotated features of a head are not supported",
-            hint=f"onnxruntime's attention rotates multiples of {_ROTARY_STEP}",
-        )
+    if rotary_dim % 2:
+        raise UnsupportedModelError(f"{config.origin}: {rotary_dim} rotated features of a head are not supported")
     rope_type = (
         "default" if nested is None else nested.text("rope_type", default=nested.text("type", default="default"))
     )

@@ -24,10 +24,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import ClassVar, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_agent.package.manifest import ModelFacts
 from lamplighter_builder.components.attention import (
     Attention,
@@ -41,10 +42,13 @@ from lamplighter_builder.components.linear import LinearFactory, declare_bias, m
 from lamplighter_builder.components.mlp import MLP, Activation, GatedMLP
 from lamplighter_builder.components.moe import ExpertsFactory
 from lamplighter_builder.components.norm import Norm, RMSNorm, Stream
-from lamplighter_builder.components.positions import long_rope_positions
-from lamplighter_builder.components.rope import LongRope, Rope, RopeTables, declare_tables
+from lamplighter_builder.components.positions import long_rope_positions, token_positions
+from lamplighter_builder.components.rope import ROTARY_STEP, LongRope, Rope, RopeTables, declare_tables
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import Graph, Value
+
+_HEAD_STEP: Final = 8
+"""``GroupQueryAttention`` takes heads whose size is a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,11 +203,17 @@ class CausalLM:
 
     def make_ropes(self, graph: Graph, token_ids: Value, mask: Value) -> list[RopeTables]:
         """Declare the rotary tables; ``rope_of`` says which of them a layer uses."""
-        rope, positions = self.config.rope, self.config.max_position_embeddings
-        tables = declare_tables(graph, rope, positions)
+        return [self.declare_rope(graph, self.config.rope, token_ids, mask)]
+
+    def declare_rope(self, graph: Graph, rope: Rope, token_ids: Value, mask: Value, name: str = "rope") -> RopeTables:
+        """Declare the tables of one rope, with positions where the attention does not know which rows to take."""
+        positions = self.config.max_position_embeddings
+        tables = declare_tables(graph, rope, positions, name)
         if isinstance(rope, LongRope):
-            tables = tables._replace(position_ids=long_rope_positions(graph, rope, positions, token_ids, mask))
-        return [tables]
+            return tables._replace(position_ids=long_rope_positions(graph, rope, positions, token_ids, mask))
+        if rope.rotary_dim % ROTARY_STEP:
+            return tables._replace(position_ids=token_positions(graph, token_ids, mask))
+        return tables
 
     def rope_of(self, _index: int) -> int:
         """Return which of ``make_ropes`` layer ``index`` uses."""
@@ -302,7 +312,13 @@ class Architecture(Generic[ConfigT]):
             CheckpointError: If a field is missing or of another type.
             UnsupportedModelError: If it asks for something that is not supported.
         """
-        return self.model(self.read_config(config), parts)
+        read = self.read_config(config)
+        if read.head_dim % _HEAD_STEP:
+            raise UnsupportedModelError(
+                f"{config.origin}: heads of {read.head_dim} features are not supported",
+                hint=f"onnxruntime's attention takes multiples of {_HEAD_STEP}",
+            )
+        return self.model(read, parts)
 
 
 def _from_row(graph: Graph, hidden: Value, start: Value) -> Value:

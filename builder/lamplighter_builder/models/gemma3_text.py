@@ -15,7 +15,7 @@ from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_agent.package.manifest import ModelFacts
 from lamplighter_builder.components.attention import Attention, NormedAttention
 from lamplighter_builder.components.norm import OffsetRMSNorm
-from lamplighter_builder.components.rope import Rope, RopeTables, declare_tables, make_rope
+from lamplighter_builder.components.rope import Rope, RopeTables, make_rope
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import Graph, Value
 from lamplighter_builder.models.common import read_sizes, read_sliding_layers, read_window, refuse
@@ -115,7 +115,7 @@ class Gemma3Text(Gemma2):
 
     def make_ropes(self, graph: Graph, token_ids: Value, mask: Value) -> list[RopeTables]:
         """Declare the tables of whole-text and of windowed layers."""
-        local = declare_tables(graph, self.config.local_rope, self.config.max_position_embeddings, "local_rope")
+        local = self.declare_rope(graph, self.config.local_rope, token_ids, mask, "local_rope")
         return [*super().make_ropes(graph, token_ids, mask), local]
 
     def rope_of(self, index: int) -> int:
