@@ -52,6 +52,7 @@ from lamplighter_builder.precision import (
     uniform_scheme,
 )
 from lamplighter_builder.progress import Progress
+from lamplighter_builder.reference_config import reference_config
 from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weights import check_weights, write_weights
 
@@ -140,6 +141,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     options.quantization.check(options.precision, options.execution_provider)
     outline = make_outline(checkpoint, options)
     expect_course(outline, options, progress)
+    check_comparable(checkpoint, outline, options)
     target, facts = outline.target, outline.facts
     with ExitStack() as stack:
         writer = stack.enter_context(PackageWriter(options.output))
@@ -214,6 +216,17 @@ def expect_course(outline: Outline, options: BuildOptions, progress: Progress) -
             compares=options.measure_fidelity,
         )
     )
+
+
+def check_comparable(checkpoint: Checkpoint, outline: Outline, options: BuildOptions) -> None:
+    """Find out whether transformers takes the configuration, where it will be asked to, before the work is done.
+
+    Raises:
+        BuildError: If it does not.
+    """
+    compares = options.measure_fidelity and runs_here(outline.target, outline.memory(outline.graph))
+    if compares or options.quantization.quantizer == "gptq":
+        reference_config(checkpoint.config)
 
 
 def calibrate(

@@ -13,11 +13,11 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from lamplighter_builder.checkpoint import Checkpoint
-from lamplighter_builder.fields import Fields
+from lamplighter_builder.reference_config import reference_config
 from lamplighter_builder.reference_tensors import read_reference_tensor
 
 Forward = Callable[..., Any]
@@ -65,13 +65,13 @@ class StreamedModel:
         head: The head's module, loaded.
 
     Raises:
-        UnsupportedModelError: If transformers knows the architecture by other tensor names than the checkpoint's.
+        BuildError: If transformers does not take the configuration.
+        UnsupportedModelError: If it knows the architecture by other tensor names than the checkpoint's.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        fields = {key: value for key, value in checkpoint.config.values.items() if key != "model_type"}
-        config = AutoConfig.for_model(_reference_type(checkpoint.config), **fields)
+        config = reference_config(checkpoint.config)
         with no_init_weights():  # the parameters' memory is reserved and never touched
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
         model.tie_weights()
@@ -208,12 +208,6 @@ class StreamedModel:
 
     def _read(self, name: str) -> torch.Tensor:
         return torch.from_numpy(read_reference_tensor(self._checkpoint, name))
-
-
-def _reference_type(config: Fields) -> str:
-    """Return the model type that transformers takes a checkpoint for, by its rule for early configs of Ministral."""
-    model_type = config.text("model_type")
-    return "ministral" if model_type == "mistral" and config.has("layer_types") else model_type
 
 
 def _before(path: str, visit: Visit) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:

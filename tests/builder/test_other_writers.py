@@ -15,8 +15,10 @@ from tokenizers import Tokenizer
 from lamplighter_agent.errors import CheckpointError, WeightMismatchError
 from lamplighter_agent.package.manifest import read_manifest
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
+from lamplighter_builder.cli import main
 from lamplighter_builder.parity import Reference, compare_logits
 from lamplighter_builder.runner import Runner
+from support.families import write_family_checkpoint
 from support.parity_depths import random_tokens
 from support.tiny_model import build_tiny_package, tiny_tokenizer
 
@@ -125,3 +127,33 @@ def test_sampling_defaults_of_other_spellings_mean_all_or_the_likeliest_token(co
     generation = read_manifest(build_tiny_package(copy, tmp_path / "package")).generation
     assert generation.top_k == 0
     assert 0 < generation.top_p < 1e-3
+
+
+@pytest.mark.parametrize("early_name", ["su", "yarn"])
+def test_early_longrope_configs_are_compared_with_the_checkpoint(early_name: str, tmp_path: Path) -> None:
+    checkpoint = write_family_checkpoint(tmp_path / "phi3", "phi3-longrope")
+    config = json.loads((checkpoint / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    factors = {key: rope[key] for key in ("short_factor", "long_factor")}
+    config |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": early_name, **factors}}
+    del config["pad_token_id"]  # transformers' own default is beyond this vocabulary
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert main(["build", "-m", str(checkpoint), "-o", str(tmp_path / "package"), "-p", "fp32"]) == 0
+    fidelity = read_manifest(tmp_path / "package").fidelity
+    assert fidelity is not None
+    assert fidelity.kl_mean < 1e-6
+
+
+def test_what_transformers_cannot_run_is_said_before_the_work(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise KeyError("no such field")
+
+    monkeypatch.setattr("transformers.AutoConfig.for_model", refuse)
+    arguments = ["build", "-m", str(copy), "-o", str(tmp_path / "package"), "-p", "fp32"]
+    assert main(arguments) == 10
+    said = capsys.readouterr().err
+    assert "transformers cannot run it for a comparison: 'no such field'" in said
+    assert "weights:" not in said
+    assert main([*arguments, "--no-fidelity"]) == 0

@@ -46,13 +46,22 @@ def read_phi3_rope(config: Fields, head_dim: int) -> Rope:
         CheckpointError: If a field is missing or of another type.
         UnsupportedModelError: If the rope type is not supported.
     """
+    return read_rope(with_present_rope_names(config), read_partial_rotary_dim(config, head_dim, default=1.0))
+
+
+def with_present_rope_names(config: Fields) -> Fields:
+    """Return the config with the present name of ``longrope``.
+
+    Raises:
+        CheckpointError: If a section is of another type.
+    """
     values = dict(config.values)
     for key in ("rope_parameters", "rope_scaling"):
         section = config.section(key)
         for name in ("rope_type", "type"):
             if section is not None and section.values.get(name) in _EARLY_NAMES:
                 values[key] = {**section.values, name: "longrope"}
-    return read_rope(Fields(values, config.origin), read_partial_rotary_dim(config, head_dim, default=1.0))
+    return Fields(values, config.origin)
 
 
 class Phi3(CausalLM):
