@@ -90,11 +90,18 @@ class Probe:
         found = self.ask(roles, generate=generate)
         return None if found is None or found.order != tuple(range(len(roles))) else found.texts[index]
 
-    def suffix(self, role: Role) -> str:
-        """Return the text that follows every message of a role."""
-        found = [self.between(roles, roles.index(role) + 1) for roles in _FOLLOWS[role]]
-        alone: tuple[Role, ...] = ("user", "assistant") if role == "assistant" else (role,)
-        found += [self.between(alone, len(alone), generate=generate) for generate in (True, False)]
+    def suffix(self, role: Role, *, inner: bool = True, last: bool = True) -> str:
+        """Return the text that follows every message of a role.
+
+        Args:
+            role: The role.
+            inner: False to leave messages out that others follow.
+            last: False to leave the last message out.
+        """
+        found = [self.between(roles, roles.index(role) + 1) for roles in _FOLLOWS[role]] if inner else []
+        if last:
+            alone: tuple[Role, ...] = ("user", "assistant") if role == "assistant" else (role,)
+            found += [self.between(alone, len(alone), generate=generate) for generate in (True, False)]
         common = _common_prefix([text for text in found if text is not None])
         return common[: _open_token(common)]
 
@@ -133,13 +140,20 @@ class Probe:
         return Reasoning(end=_THINK_END, strip_start=self.strip(roles, index, start=True, lead=f"x{_THINK_END}"))
 
 
-def probe_chat_format(render: Render) -> ChatFormat | None:
-    """Make a chat format from what a template does to marks; None if it refuses a single user message."""
+def probe_chat_format(render: Render, *, last_apart: bool = False) -> ChatFormat | None:
+    """Make a chat format from what a template does to marks; None if it refuses a single user message.
+
+    Args:
+        render: The template.
+        last_apart: True to take the end of an answer that is the last message for another than that of the others.
+    """
     probe = Probe(render)
     opening = probe.ask(["user"])
     if opening is None:
         return None
-    suffixes: dict[Role, str] = {role: probe.suffix(role) for role in _FOLLOWS}
+    suffixes: dict[Role, str] = {
+        role: probe.suffix(role, last=not (last_apart and role == "assistant")) for role in _FOLLOWS
+    }
     roles: dict[Role, RoleFormat] = {}
     order: Literal["any", "alternating"] = "any" if probe.ask(["user", "user"]) is not None else "alternating"
     for role in _FOLLOWS:
@@ -157,7 +171,7 @@ def probe_chat_format(render: Render) -> ChatFormat | None:
         generation_prompt=tails[0].removeprefix(suffixes["user"]),
         end=tails[1].removeprefix(suffixes["user"]),
         order=order,
-        last_roles=_last_roles(probe, roles, suffixes),
+        last_roles=_last_roles(probe, roles, suffixes, last_apart=last_apart),
     )
     inside = _system_in_user(probe, opening.texts[0])
     if inside is not None:
@@ -211,7 +225,9 @@ def _begin(openings: dict[Role, str], roles: dict[Role, RoleFormat]) -> str:
     return ""
 
 
-def _last_roles(probe: Probe, roles: dict[Role, RoleFormat], suffixes: dict[Role, str]) -> dict[Role, RoleFormat]:
+def _last_roles(
+    probe: Probe, roles: dict[Role, RoleFormat], suffixes: dict[Role, str], *, last_apart: bool
+) -> dict[Role, RoleFormat]:
     """Return formats of messages that are written in another way when they end the conversation."""
     found: dict[Role, RoleFormat] = {}
     examples: dict[Role, tuple[Role, ...]] = {"assistant": ("user", "assistant"), "user": ("user", "assistant", "user")}
@@ -222,7 +238,8 @@ def _last_roles(probe: Probe, roles: dict[Role, RoleFormat], suffixes: dict[Role
             continue
         prefix = text.removeprefix(suffixes[example[index - 1]])
         # Thoughts in a last answer are refused, so their cut is not part of its format.
-        last = msgspec.structs.replace(probe.role_format(example, index, prefix, suffixes[role]), reasoning=None)
+        suffix = probe.suffix(role, inner=False) if last_apart and role == "assistant" else suffixes[role]
+        last = msgspec.structs.replace(probe.role_format(example, index, prefix, suffix), reasoning=None)
         if last != msgspec.structs.replace(roles[role], reasoning=None):
             found[role] = last
     return found

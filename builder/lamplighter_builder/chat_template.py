@@ -96,7 +96,18 @@ def compile_chat_template(source: str, special_tokens: Mapping[str, str]) -> Cha
         ChatTemplateError: If there is none; it shows the first conversation on which both differ.
     """
     template = JinjaTemplate(source, special_tokens)
-    candidate = probe_chat_format(template.render)
+    try:
+        return _compile(template, last_apart=False)
+    except ChatTemplateError as error:
+        try:
+            return _compile(template, last_apart=True)
+        except ChatTemplateError:
+            raise error from None
+
+
+def _compile(template: JinjaTemplate, *, last_apart: bool) -> ChatFormat:
+    """Probe a template and narrow the format down to what it renders alike; see ``probe_chat_format``."""
+    candidate = probe_chat_format(template.render, last_apart=last_apart)
     if candidate is None or len(template.date_formats) > 1:
         raise ChatTemplateError(
             "the chat template cannot be compiled: it refuses a single user message, or states dates in two ways",

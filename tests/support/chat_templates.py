@@ -246,6 +246,15 @@ TEMPLATES: Final[dict[str, Template]] = {
         "{% for message in messages %}" + _TURN_CHATML + "{% endfor %}" + _GENERATE_CHATML,
         {},
     ),
+    "tulu3": Template(
+        "{% for message in messages %}"
+        "{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}"
+        "{% elif message['role'] == 'assistant' %}{{ '<|assistant|>\n' + message['content'] + eos_token }}"
+        "{% if not loop.last %}{{ '\n' }}{% endif %}{% endif %}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",
+        {"eos_token": "<|end_of_text|>"},
+    ),
     "words-by-position": Template(
         "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"
         "{% set turns = messages[1:] %}{% else %}{% set turns = messages %}{% endif %}"
