@@ -112,10 +112,11 @@ def test_importing_every_agent_module_loads_no_builder_dependency() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_the_main_process_never_imports_onnxruntime() -> None:
+def test_the_main_process_imports_neither_onnxruntime_nor_numpy() -> None:
     result = run_python(
         "import sys, lamplighter_agent.service.app, lamplighter_agent.cli\n"
         "assert 'onnxruntime' not in sys.modules, 'onnxruntime was imported'\n"
+        "assert 'numpy' not in sys.modules, 'numpy was imported: 13 MB that the main process has no use for'\n"
     )
     assert result.returncode == 0, result.stderr
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.rotation import KeyRotation

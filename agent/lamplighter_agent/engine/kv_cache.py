@@ -13,89 +13,19 @@ The buffers never move, so the model's bindings to them stay valid for the life 
 from __future__ import annotations
 
 import itertools
-import math
 import mmap
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.rotation import KeyRotation
 from lamplighter_agent.engine.shared_pages import SharedPages
-from lamplighter_agent.engine.windows import WindowedLayers
 from lamplighter_agent.errors import MemoryBudgetError
-from lamplighter_agent.package.manifest import CacheDtype, ModelFacts
 
 CacheArray = NDArray[np.float32 | np.int8]
-
-
-@dataclass(frozen=True, slots=True)
-class CacheSpec:
-    """Shape of a cache.
-
-    Attributes:
-        layers: Number of decoder layers.
-        heads: ``num_key_value_heads``.
-        head_dim: Features of a head.
-        dtype: Type of an element.
-        short_rope_tokens: With LongRoPE, the longest text whose keys are made with the short factors; else None.
-        windowed: Layers whose buffers are smaller than the context; None if there are none.
-    """
-
-    layers: int
-    heads: int
-    head_dim: int
-    dtype: CacheDtype = "float32"
-    short_rope_tokens: int | None = None
-    windowed: WindowedLayers | None = None
-
-    @classmethod
-    def from_model(
-        cls, model: ModelFacts, dtype: CacheDtype = "float32", windowed: WindowedLayers | None = None
-    ) -> CacheSpec:
-        """Return the spec of a manifest's model; windowed layers get buffers of whole pages."""
-        short = None if model.rope is None else model.rope.original_max_position_embeddings
-        spec = cls(model.num_hidden_layers, model.num_key_value_heads, model.head_dim, dtype, short)
-        if windowed is None:
-            return spec
-        return replace(spec, windowed=replace(windowed, capacity=spec.rows(windowed.capacity)))
-
-    @property
-    def numpy_dtype(self) -> np.dtype[np.float32 | np.int8]:
-        """The type of the buffers."""
-        return np.dtype(self.dtype)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token of one slot, all layers."""
-        return self.layers * self._layer_bytes
-
-    def slot_bytes(self, tokens: int) -> int:
-        """Return the bytes of a slot with ``tokens`` tokens."""
-        if self.windowed is None:
-            return tokens * self.bytes_per_token
-        windowed = len(self.windowed.layers)
-        held = (self.layers - windowed) * tokens + windowed * self.windowed.resident(tokens)
-        return held * self._layer_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token of one slot in one buffer."""
-        return self.heads * self.head_dim * self.numpy_dtype.itemsize
-
-    def rows(self, tokens: int) -> int:
-        """Return how many rows a buffer has for ``tokens`` tokens: a slot is a whole number of pages.
-
-        So it can be given back and mirrored alone.
-        """
-        step = mmap.PAGESIZE // math.gcd(self.row_bytes, mmap.PAGESIZE)
-        return -(-tokens // step) * step
-
-    @property
-    def _layer_bytes(self) -> int:
-        return 2 * self.row_bytes
 
 
 class KVCache:
@@ -156,7 +86,7 @@ class KVCache:
                 # Huge pages would commit 2 MiB for the first token of every head.
                 region.madvise(mmap.MADV_NOHUGEPAGE)
         self.buffers: tuple[CacheArray, ...] = tuple(
-            np.frombuffer(region, dtype=spec.numpy_dtype).reshape(slots, *shape)
+            np.frombuffer(region, dtype=spec.dtype).reshape(slots, *shape)
             for region, shape in zip(self._maps, self._shapes, strict=True)
         )
         self._mirror_maps: list[mmap.mmap] = []
@@ -174,7 +104,7 @@ class KVCache:
             self._pages.repeat(begin, size, rows) for begin, size in zip(self._begins, self._slot_bytes, strict=False)
         ]
         return tuple(
-            np.frombuffer(region, dtype=self.spec.numpy_dtype).reshape(rows, *shape)
+            np.frombuffer(region, dtype=self.spec.dtype).reshape(rows, *shape)
             for region, shape in zip(self._mirror_maps, self._shapes, strict=True)
         )
 
@@ -283,7 +213,7 @@ class KVCache:
         self.trim(slot, max(self.offset(slot) - tokens, 0))
         if sys.platform != "linux":
             return
-        row_bytes = self.spec.head_dim * self.spec.numpy_dtype.itemsize
+        row_bytes = self.spec.head_dim * self.spec.element_bytes
         for index, (region, (heads, rows, _)) in enumerate(zip(self._maps, self._shapes, strict=True)):
             used = self.offset(slot) - self._first(index, self.offset(slot))
             for head in range(slot * heads, (slot + 1) * heads):

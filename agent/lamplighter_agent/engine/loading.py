@@ -12,8 +12,9 @@ from typing import NamedTuple
 import msgspec
 
 from lamplighter_agent.engine.cache_graph import cache_scales
+from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.external_data import mapped_bytes
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import (
     MemoryPlan,
     physical_cores,

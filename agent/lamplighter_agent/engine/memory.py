@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 import msgspec
 import psutil
 
+from lamplighter_agent.engine.cache_spec import ELEMENT_BYTES, CacheSpec
 from lamplighter_agent.engine.cgroup import memory_levels, quota_cores
-from lamplighter_agent.engine.kv_cache import CacheSpec
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.windows import windowed_layers
 from lamplighter_agent.errors import IncompatiblePackageError, MemoryBudgetError
@@ -45,7 +45,6 @@ DEFAULT_PREFIX_CACHE_BYTES: Final = 256 * MIB
 _PREFIX_CACHE_SHARE: Final = 4
 """The prefix cache takes this part of what is left for it and the KV cache, if nothing is configured."""
 
-_ELEMENT_BYTES: Final[dict[CacheDtype, int]] = {"float32": 4, "float16": 2, "int8": 1}
 _HEADROOM_SHARE: Final = 16
 _MIN_HEADROOM_BYTES: Final = 8 * MIB
 
@@ -243,7 +242,7 @@ def _choose_cache(manifest: Manifest, options: EngineOptions, free: int, *, smal
     good = smallest if options.max_context_tokens is not None else min(GOOD_CONTEXT_TOKENS, wanted)
     found = []
     for dtype in dtypes:
-        layer_bytes = 2 * model.num_key_value_heads * model.head_dim * _ELEMENT_BYTES[dtype]
+        layer_bytes = 2 * model.num_key_value_heads * model.head_dim * ELEMENT_BYTES[dtype]
         per_token = model.num_hidden_layers * layer_bytes
         prefixes = _prefix_cache_bytes(options, free, smallest * per_token)
         whole = _Cache(dtype, per_token, (free - prefixes) // per_token, prefixes)

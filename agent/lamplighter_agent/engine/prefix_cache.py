@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec, KVCache
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import CacheArray, KVCache
 
 TokenArray = NDArray[np.int64]
 Source = Callable[["PrefixCache", Sequence[int], int], None]
@@ -49,7 +50,7 @@ class _Block:
             # All of it is written at once, and a tenth as many page faults make that five times as fast.
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 region.madvise(mmap.MADV_HUGEPAGE)
-        rows = np.frombuffer(region, dtype=spec.numpy_dtype)
+        rows = np.frombuffer(region, dtype=spec.dtype)
         return cls(region, 0, length, rows.reshape(tokens, 2 * spec.layers, spec.heads, spec.head_dim))
 
     def cut(self, tokens: int) -> tuple[_Block, _Block]:

@@ -20,7 +20,8 @@ from typing import BinaryIO, Final
 import msgspec
 import numpy as np
 
-from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import CacheArray
 from lamplighter_agent.engine.prefix_cache import PrefixCache, TokenArray, common_prefix
 from lamplighter_agent.package.durable import make_directory, move
 

@@ -28,8 +28,9 @@ from typing import Final, Literal, TypeAlias
 import msgspec
 import numpy as np
 
+from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.external_data import align_external_data
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import physical_cores
 from lamplighter_agent.engine.prompt_copy import PROMPTS_NAME, pays, write_prompt_copy
 from lamplighter_agent.engine.runner import ModelRunner

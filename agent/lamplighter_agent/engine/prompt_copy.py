@@ -14,8 +14,9 @@ from typing import Final
 
 import numpy as np
 
+from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.external_data import align_external_data
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.prompt_graph import with_float_projections
 from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.session import ModelSession, save_prepacked

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from lamplighter_agent.engine.cache_graph import cache_scales, with_cache
+from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.graph_io import GraphIO, TensorInfo, check_graph_io, read_operator_domains
-from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec
+from lamplighter_agent.engine.kv_cache import CacheArray
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
 from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import Manifest

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import KVCache
 
 SPEC = CacheSpec(layers=2, heads=3, head_dim=4)
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec, KVCache
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import CacheArray, KVCache
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
 
 SPEC = CacheSpec(layers=2, heads=3, head_dim=4)

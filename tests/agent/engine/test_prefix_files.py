@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import CacheArray
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.prefix_files import PrefixFiles
 

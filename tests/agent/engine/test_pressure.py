@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lamplighter_agent.engine.kv_cache import CacheArray, CacheSpec
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import CacheArray
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.pressure import MIB, MemoryGuard, Readings, judge, read_pressure
 from lamplighter_agent.errors import RequestError

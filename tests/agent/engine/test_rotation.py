@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.cache_spec import CacheSpec
+from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.rotation import KeyRotation, key_rotations, rope_frequencies
 from lamplighter_agent.package.manifest import ModelFacts, RopeScaling
 

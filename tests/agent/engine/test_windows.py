@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.generate import Engine
-from lamplighter_agent.engine.kv_cache import CacheSpec, KVCache
+from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MIB, MachineMemory, plan_memory
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
