@@ -69,12 +69,16 @@ class MqttBox:
         return Outcome(f"{command.command} done")
 
     def wait_until_connected(self) -> None:
-        """Wait for the next birth message; one that was sent before counts."""
+        """Wait until the broker has the next birth message; one that was sent before counts."""
         self.thread.run(self._wait_until_connected())
 
     async def _wait_until_connected(self) -> None:
         await asyncio.wait_for(self._born.wait(), 20)
         self._born.clear()
+        connection = self.service.connection
+        async with asyncio.timeout(20):
+            while connection.connected and (len(connection._outbox) or connection._unacknowledged):
+                await asyncio.sleep(0.002)
 
     def close(self) -> None:
         self.thread.run(self._stop())
@@ -82,7 +86,7 @@ class MqttBox:
 
     async def _stop(self) -> None:
         await self.requests.drain(1.0)
-        await self.service.finish_answers(1.0)
+        await self.service.prompts.finish_answers(1.0)
         await self.service.stop()
         await self.worker.stop(0.0)
 

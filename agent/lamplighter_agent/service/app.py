@@ -131,14 +131,12 @@ class Agent:
                 lambda: "safe_mode" if self._runner.state == "safe_mode" else None,
             )
             self._mqtt = MqttService(config, self._requests, actions, boot)
-            self._sampler.connection = self._mqtt.connection
+            self._sampler.connection = self._mqtt
             self._telemetry = TelemetryReporter(config, self._sampler, self._mqtt)
         if config.local_api.socket is not None or config.local_api.tcp_port is not None:
             facts = facts_of(self._sampler, self._runner)._replace(identifies=lambda: self._commands.identifies)
             self._api = LocalApi(config.local_api, self._requests, facts)
-        self._liveness = Liveness(
-            config.state_dir, self._mqtt.connection if self._mqtt else None, lambda: self._runner.is_watched
-        )
+        self._liveness = Liveness(config.state_dir, self._mqtt, lambda: self._runner.is_watched)
 
     async def run(self) -> None:
         """Start up, run, shut down.
@@ -219,7 +217,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._mqtt is not None:
-            await self._mqtt.finish_answers(1.0)
+            await self._mqtt.prompts.finish_answers(1.0)
             await self._mqtt.stop()
         if self._api is not None:
             await self._api.stop()

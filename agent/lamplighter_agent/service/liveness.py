@@ -9,9 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
-
-from lamplighter_agent.service.mqtt import MqttConnection
+from typing import Final, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +18,20 @@ _PROBE_INTERVAL_S: Final = 30.0
 _PROBE_NAME: Final = ".alive"
 
 
+class Network(Protocol):
+    """What talks to the broker."""
+
+    @property
+    def silent_s(self) -> float:
+        """How long it has given no sign of life."""
+
+
 class Liveness:
     """Looks at the broker's thread, the engine's supervisor and the disk; the event loop shows itself by asking.
 
     Args:
         state_dir: Where the disk is tried: a small file is written and synced.
-        connection: The connection to the broker, or None.
+        network: What talks to the broker, or None.
         engine_is_watched: False if an engine should run and nobody looks after it any more.
         probe: Writes the small file; tests put one in its place.
     """
@@ -33,12 +39,12 @@ class Liveness:
     def __init__(
         self,
         state_dir: Path,
-        connection: MqttConnection | None,
+        network: Network | None,
         engine_is_watched: Callable[[], bool],
         probe: Callable[[Path], None] | None = None,
     ) -> None:
         self._path = state_dir / _PROBE_NAME
-        self._connection = connection
+        self._network = network
         self._engine_is_watched = engine_is_watched
         self._probe = probe or _write_and_sync
         self._probing: asyncio.Task[None] | None = None
@@ -50,10 +56,7 @@ class Liveness:
         Args:
             disk_silence_s: Longest time that writing a small file may take.
         """
-        connection = self._connection
-        if connection is not None and (
-            not connection.alive or time.monotonic() - connection.last_tick_s > NETWORK_SILENCE_S
-        ):
+        if self._network is not None and self._network.silent_s > NETWORK_SILENCE_S:
             return "the MQTT network thread hangs"
         if not self._engine_is_watched():
             return "nobody watches the engine any more"

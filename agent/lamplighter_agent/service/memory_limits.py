@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ _MAIN_PROCESS_BYTES: Final = 96 * MIB
 _HIGH_SHARE: Final = 0.95
 _WAIT_S: Final = 5.0
 _POLL_S: Final = 0.02
+
+_SET_BY_HELPER: Final = "run/systemd/system.control/{}.d/50-MemoryMax.conf"
+"""Where systemd keeps what ``systemctl set-property --runtime`` said, in bytes or as a share."""
 
 _ASK_AGAIN_S: Final = 1.0
 """A path unit does not see a request that is written while its helper is ending."""
@@ -57,23 +61,29 @@ class MemoryLimits:
     Args:
         request: File that the helper's path unit watches, or None where there is no helper.
         limit_bytes: Reads the limit in force; None means that there is none.
+        granted_bytes: What the helper set for an agent that has just ended, or None: its limit may still be in force.
     """
 
     def __init__(
-        self, request: Path | None = None, limit_bytes: Callable[[], int | None] = lambda: _own_limit_bytes()
+        self,
+        request: Path | None = None,
+        limit_bytes: Callable[[], int | None] = lambda: _own_limit_bytes(),
+        granted_bytes: int | None = None,
     ) -> None:
         self._request = request
         self._limit_bytes = limit_bytes
         self._plan: MemoryPlan | None = None
         self._holders = 0
         self._asked = ""
-        self._narrow_bytes: int | None = None
+        self._narrow_bytes = granted_bytes
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> MemoryLimits:
         """Ask in the runtime directory that systemd made, if it did."""
         directory = environment.get(_DIRECTORY)
-        return cls(Path(directory.split(":")[0]) / REQUEST_NAME if directory else None)
+        if not directory:
+            return cls()
+        return cls(Path(directory.split(":")[0]) / REQUEST_NAME, granted_bytes=granted_bytes())
 
     def serve(self, plan: MemoryPlan | None) -> None:
         """Say with which plan a package serves now; None when none does."""
@@ -137,6 +147,21 @@ class MemoryLimits:
         self._asked = text
         if bounds is not None:
             self._narrow_bytes = bounds.max_bytes
+
+
+def granted_bytes(root: Path = Path("/")) -> int | None:
+    """Return the ``MemoryMax`` that the helper has set for this process's unit until the next boot, or None.
+
+    Args:
+        root: Where ``proc`` and ``run`` are; a test gives a directory of its own.
+    """
+    try:
+        unit = Path((root / "proc/self/cgroup").read_text(encoding="utf-8").strip().rpartition(":")[2]).name
+        text = (root / _SET_BY_HELPER.format(unit)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.search(r"^MemoryMax=(\d{1,18})$", text, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _own_limit_bytes() -> int | None:

@@ -2,45 +2,47 @@
 
 The thread is the only one that touches paho. It drives paho's external-loop functions itself, because paho's own
 thread dies with the first exception in a callback, waits without jitter between its tries, and may deadlock when
-several threads publish. Work goes to the event loop at once, so that the keep-alive never starves; when the loop lags
-behind, the thread stops reading and TCP holds the broker back. Requests are acknowledged when they are handed over:
-withheld acknowledgements would fill the receive window and lock out commands.
+several threads publish. Work goes to the event loop at once, so that the keep-alive never starves. A message is
+acknowledged when the event loop has handled it, and not while much waits to be sent: so the broker sends no more than
+its window ahead, and keeps what is left. Only a connection that carries nothing but prompts may do that: withheld
+acknowledgements would lock out commands, which therefore have one of their own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import select
 import socket
 import ssl
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
-from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from lamplighter_agent.config import MqttConfig
-from lamplighter_agent.service.credentials import read_password, tls_context
+from lamplighter_agent.service.mqtt_boxes import Inbox, Outbox, Receipt
 from lamplighter_agent.service.mqtt_pacing import reconnect_delay_s
-from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Outgoing, Subscription
+from lamplighter_agent.service.mqtt_types import MqttHandlers, Outgoing, Subscription
+from lamplighter_agent.service.mqtt_wire import (
+    CONNECT_TIMEOUT_S,
+    MAX_IN_FLIGHT,
+    incoming,
+    make_client,
+    publish_properties,
+    receive_maximum,
+    subscribe_options,
+    will_properties,
+)
 
 logger = logging.getLogger(__name__)
 
-MAX_OUTBOX: Final = 1024
-MAX_INBOUND: Final = 256
-_MAX_PACKET_BYTES: Final = 256 * 1024
-_SESSION_EXPIRY_S: Final = 3600
-_WILL_DELAY_S: Final = 5
-_CONNECT_TIMEOUT_S: Final = 10.0
-_MAX_IN_FLIGHT: Final = 20
 _TICK_S: Final = 1.0
 _SESSION_TAKEN_OVER: Final = 0x8E
 _STABLE_S: Final = 10.0
@@ -68,16 +70,16 @@ class MqttConnection:
         self.connected = False
         self.last_tick_s = time.monotonic()
         self.connections = 0
-        self.dropped = 0
         self._config = config
         self._v5 = config.protocol == "5"
         self._subscriptions = subscriptions
         self._handlers = handlers
-        self._lock = threading.Lock()
-        self._outbox: deque[Outgoing] = deque()
-        self._inbound = 0
+        self._outbox = Outbox()
+        self._inbox = Inbox(handlers.message, self._wake)
+        self._attempt = 0
+        self._unwanted: list[str] = []
         self._unacknowledged: set[int] = set()
-        self._window = _MAX_IN_FLIGHT
+        self._window = MAX_IN_FLIGHT
         self._stopping = threading.Event()
         self._stop_by_s = 0.0
         self._taken_over = False
@@ -85,12 +87,20 @@ class MqttConnection:
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
+        self._woken = False
         self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._client = self._make_client(client_id)
+        self._client = make_client(config, client_id)
+        self._client.on_connect = self._on_connect
+        self._client.on_disconnect = self._on_disconnect
+        self._client.on_message = self._on_message
+        self._client.on_subscribe = self._on_subscribe
+        self._client.on_publish = lambda _client, _data, mid, _code, _properties: self._unacknowledged.discard(mid)
 
     def start(self) -> None:
-        """Start connecting in the background; a broker that is away is tried again and again."""
+        """Start connecting in the background, once; a broker that is away is tried again and again."""
+        if self._loop is not None:
+            return
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -100,25 +110,36 @@ class MqttConnection:
         return self._thread.is_alive()
 
     @property
+    def silent_s(self) -> float:
+        """How long the network thread has given no sign of life: 0 before its start, for ever after its end."""
+        if self._thread.ident is None:
+            return 0.0
+        return time.monotonic() - self.last_tick_s if self._thread.is_alive() else math.inf
+
+    @property
+    def dropped(self) -> int:
+        """Messages that were not taken."""
+        return self._outbox.dropped
+
+    @property
     def failure(self) -> str:
         """Why the last try to connect failed, or nothing."""
         return self._failure
 
     def publish(self, message: Outgoing) -> bool:
         """Queue a message; False if it was dropped: QoS 0 while away, or too many waiting."""
-        with self._lock:
-            full = len(self._outbox) >= MAX_OUTBOX
-            if full or (message.qos == 0 and not self.connected):
-                self.dropped += 1
-                return False
-            self._outbox.append(message)
+        if message.qos == 0 and not self.connected:
+            self._outbox.drop()
+            return False
+        if not self._outbox.put(message):
+            return False
         self._wake()
         return True
 
-    @property
-    def crowded(self) -> bool:
-        """True while so much waits to be sent that what is least worth should ask for no acknowledgement."""
-        return len(self._outbox) > MAX_OUTBOX // 4
+    def unsubscribe(self, topic: str) -> None:
+        """End a subscription that an earlier start of the agent left in the session."""
+        self._unwanted.append(topic)
+        self._wake()
 
     async def stop(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, disconnect in order, so that no will is sent, and end the thread."""
@@ -126,45 +147,12 @@ class MqttConnection:
         self._stopping.set()
         self._wake()
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, timeout_s + _CONNECT_TIMEOUT_S)
+            await asyncio.to_thread(self._thread.join, timeout_s + CONNECT_TIMEOUT_S)
         if self._thread.is_alive():
             logger.error("the MQTT thread did not end in time")
             return
         self._wake_read.close()
         self._wake_write.close()
-
-    def _make_client(self, client_id: str) -> paho.Client:
-        config = self._config
-        protocol = MQTTProtocolVersion.MQTTv5 if self._v5 else MQTTProtocolVersion.MQTTv311
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2, client_id, clean_session=None if self._v5 else False, protocol=protocol
-        )
-        client.suppress_exceptions = True
-        client.max_inflight_messages_set(_MAX_IN_FLIGHT)
-        client.max_queued_messages_set(MAX_OUTBOX)
-        client.connect_timeout = _CONNECT_TIMEOUT_S
-        client.on_connect = self._on_connect
-        client.on_disconnect = self._on_disconnect
-        client.on_message = self._on_message
-        client.on_subscribe = self._on_subscribe
-        client.on_publish = lambda _client, _data, mid, _code, _properties: self._unacknowledged.discard(mid)
-        if config.username is not None:
-            client.username_pw_set(config.username, read_password(config))
-        if context := tls_context(config):
-            client.tls_set_context(context)
-        properties = None
-        if self._v5:
-            properties = _properties(PacketTypes.CONNECT)
-            properties.SessionExpiryInterval = _SESSION_EXPIRY_S
-            properties.MaximumPacketSize = _MAX_PACKET_BYTES
-        client.connect_async(
-            config.host,
-            config.port,
-            config.keepalive_s,
-            clean_start=False if self._v5 else paho.MQTT_CLEAN_START_FIRST_ONLY,
-            properties=properties,
-        )
-        return client
 
     # Everything below runs in the network thread.
 
@@ -205,13 +193,12 @@ class MqttConnection:
 
     def _connect_and_serve(self) -> None:
         will = self._handlers.will(self.connections + 1)
-        properties = None
-        if self._v5:
-            properties = _properties(PacketTypes.WILLMESSAGE)
-            properties.WillDelayInterval = _WILL_DELAY_S
-        self._client.will_set(will.topic, will.payload, qos=1, retain=True, properties=properties)
+        if will is not None:
+            properties = will_properties() if self._v5 else None
+            self._client.will_set(will.topic, will.payload, qos=1, retain=True, properties=properties)
+        self._attempt += 1
         self._client.reconnect()
-        give_up_s = time.monotonic() + _CONNECT_TIMEOUT_S
+        give_up_s = time.monotonic() + CONNECT_TIMEOUT_S
         leaving = False
         while self._client.socket() is not None:
             self.last_tick_s = time.monotonic()
@@ -219,6 +206,8 @@ class MqttConnection:
                 raise TimeoutError("the broker did not answer the connection request")
             if self.connected:
                 self._flush()
+                self._acknowledge()
+                self._drop_unwanted()
             if self._stopping.is_set() and not leaving and self._may_leave():
                 leaving = True
                 self._client.disconnect()
@@ -236,7 +225,7 @@ class MqttConnection:
         assert isinstance(connection, socket.socket)
         # Bytes that TLS has already decrypted do not make the socket readable.
         buffered = isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
-        may_read = self._inbound < MAX_INBOUND
+        may_read = not self._inbox.full
         readers = [self._wake_read, connection] if may_read else [self._wake_read]
         writers = [connection] if self._client.want_write() else []
         timeout = 0.0 if buffered and may_read else _TICK_S
@@ -245,6 +234,7 @@ class MqttConnection:
         readable, writable, _ = select.select(readers, writers, [], timeout)
         if self._wake_read in readable:
             self._wake_read.recv(4096)
+            self._woken = False  # before the boxes are looked at: what comes from now on wakes anew
         if connection in readable or (buffered and may_read):
             self._client.loop_read()
         if connection in writable:
@@ -252,36 +242,31 @@ class MqttConnection:
         self._client.loop_misc()
 
     def _flush(self) -> None:
-        while True:
-            with self._lock:
-                if not self._outbox:
-                    return
-                if self._outbox[0].qos > 0 and len(self._unacknowledged) >= self._window:
-                    return  # the broker's Receive Maximum, which paho does not keep
-                message = self._outbox.popleft()
+        # Of the broker's Receive Maximum paho knows nothing.
+        while message := self._outbox.take(only_unacknowledged=len(self._unacknowledged) >= self._window):
             info = self._client.publish(
-                message.topic, message.payload, message.qos, message.retain, self._publish_properties(message)
+                message.topic,
+                message.payload,
+                message.qos,
+                message.retain,
+                publish_properties(message) if self._v5 else None,
             )
             if info.rc == MQTTErrorCode.MQTT_ERR_QUEUE_SIZE:
-                with self._lock:
-                    self._outbox.appendleft(message)
+                self._outbox.put_back(message)
                 return
             if message.qos > 0:
                 self._unacknowledged.add(info.mid)
                 if info.is_published():
                     self._unacknowledged.discard(info.mid)
 
-    def _publish_properties(self, message: Outgoing) -> Properties | None:
-        if not self._v5:
-            return None
-        properties = _properties(PacketTypes.PUBLISH)
-        properties.ContentType = "application/json"
-        properties.PayloadFormatIndicator = 1
-        if message.correlation is not None:
-            properties.CorrelationData = message.correlation
-        if message.expiry_s is not None:
-            properties.MessageExpiryInterval = message.expiry_s
-        return properties
+    def _acknowledge(self) -> None:
+        if not self._outbox.crowded:
+            for number in self._inbox.take_receipts(self._attempt):
+                self._client.ack(number, 1)
+
+    def _drop_unwanted(self) -> None:
+        while self._unwanted:
+            self._client.unsubscribe(self._unwanted.pop())
 
     def _on_connect(
         self, client: paho.Client, _data: object, _flags: paho.ConnectFlags, code: ReasonCode, props: Properties | None
@@ -290,31 +275,11 @@ class MqttConnection:
             self._note_failure(f"the broker refused the connection: {code}")
             return
         self._failure = ""
-        granted: dict[str, Any] = props.json() if props is not None else {}  # type: ignore[no-untyped-call]
-        self._window = min(_MAX_IN_FLIGHT, granted.get("ReceiveMaximum", _MAX_IN_FLIGHT))
-        self._subscribe()
-
-    def _subscribe(self) -> None:
-        if not self._v5:
+        self._window = receive_maximum(props)
+        if self._v5:
+            self._client.subscribe([(each.topic, subscribe_options(each)) for each in self._subscriptions])
+        else:
             self._client.subscribe([(each.topic, each.qos) for each in self._subscriptions])
-            return
-        self._client.subscribe(
-            [
-                (
-                    each.topic,
-                    SubscribeOptions(
-                        qos=each.qos,
-                        retainAsPublished=True,
-                        retainHandling=(
-                            SubscribeOptions.RETAIN_SEND_ON_SUBSCRIBE
-                            if each.stored
-                            else SubscribeOptions.RETAIN_DO_NOT_SEND
-                        ),
-                    ),
-                )
-                for each in self._subscriptions
-            ]
-        )
 
     def _on_subscribe(
         self, _client: paho.Client, _data: object, _mid: int, codes: list[ReasonCode], _props: Properties | None
@@ -345,45 +310,21 @@ class MqttConnection:
         if not self.connected:
             return
         self.connected = False
-        with self._lock:
-            kept = [message for message in self._outbox if message.qos > 0]
-            self.dropped += len(self._outbox) - len(kept)
-            self._outbox = deque(kept)
+        self._outbox.forget_unacknowledged()
         if not self._stopping.is_set():
             logger.warning("disconnected from the broker: %s", reason)
         self._call(self._handlers.disconnected, reason)
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         try:
-            topic = message.topic
+            arrived = incoming(message)
         except UnicodeDecodeError:
             return
-        properties: dict[str, Any] = (
-            message.properties.json() if message.properties is not None else {}  # type: ignore[no-untyped-call]
-        )
-        correlation = properties.get("CorrelationData")
-        incoming = Incoming(
-            topic=topic,
-            payload=bytes(message.payload),
-            retain=message.retain,
-            duplicate=message.dup,
-            response_topic=properties.get("ResponseTopic"),
-            correlation=bytes.fromhex(correlation) if correlation is not None else None,
-            content_type=properties.get("ContentType"),
-            expiry_s=properties.get("MessageExpiryInterval"),
-        )
-        with self._lock:
-            self._inbound += 1
-        self._call(self._deliver, incoming)
-
-    def _deliver(self, message: Incoming) -> None:
-        """In the event loop: hand a message over and let the thread read on."""
-        with self._lock:
-            self._inbound -= 1
-            resume = self._inbound == MAX_INBOUND - 1
-        if resume:
-            self._wake()
-        self._handlers.message(message)
+        assert self._loop is not None
+        try:
+            self._inbox.put(self._loop, arrived, Receipt(self._attempt, message.mid if message.qos else 0))
+        except RuntimeError:  # the event loop is closed: the process is ending
+            self._stopping.set()
 
     def _call(self, function: Callable[[_T], None], argument: _T) -> None:
         assert self._loop is not None
@@ -393,6 +334,9 @@ class MqttConnection:
             self._stopping.set()
 
     def _wake(self) -> None:
+        if self._woken:
+            return
+        self._woken = True
         try:
             self._wake_write.send(b"\0")
         except OSError:
@@ -402,7 +346,3 @@ class MqttConnection:
         if failure != self._failure:  # once for each kind of trouble, not once a try
             logger.warning("no connection to the broker %s:%d: %s", self._config.host, self._config.port, failure)
         self._failure = failure
-
-
-def _properties(kind: int) -> Properties:
-    return Properties(kind)  # type: ignore[no-untyped-call]

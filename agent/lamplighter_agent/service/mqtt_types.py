@@ -56,13 +56,14 @@ class MqttHandlers(NamedTuple):
     """What the connection calls; all but ``will`` in the event loop.
 
     Attributes:
-        will: Gives the will of connection number n (from 1). Called in the network thread: must not share state.
+        will: Gives the will of connection number n (from 1), if it has one. Called in the network thread: must not
+            share state.
         connected: The connection number n is up and subscribed.
         disconnected: It is down; the argument says why.
         message: A message came.
     """
 
-    will: Callable[[int], Will]
+    will: Callable[[int], Will | None]
     connected: Callable[[int], None]
     disconnected: Callable[[str], None]
     message: Callable[[Incoming], None]

@@ -45,6 +45,17 @@ class Topics:
         """Return the shared subscription for ``group_prompt``."""
         return f"$share/{group}/{self.group_prompt(group)}"
 
+    def group_of(self, topic: str) -> str | None:
+        """Return the group whose ``group_prompt`` this topic is, or None."""
+        begin, end = f"{self.prefix}/group/", "/prompt"
+        group = topic.removeprefix(begin).removesuffix(end)
+        return group if topic == begin + group + end and _LEVEL.fullmatch(group) else None
+
+    def filter_of(self, topic: str) -> str:
+        """Return the filter by which a message with this topic comes to the device."""
+        group = self.group_of(topic)
+        return topic if group is None else self.group_filter(group)
+
     def check_reply(self, topic: str) -> str:
         """Return ``topic`` if answers may be sent there.
 

@@ -11,7 +11,7 @@ import pytest
 
 from lamplighter_agent.engine.memory import MIB, MemoryPlan
 from lamplighter_agent.service import memory_limits
-from lamplighter_agent.service.memory_limits import SHARE, MemoryLimits, memory_bounds
+from lamplighter_agent.service.memory_limits import SHARE, MemoryLimits, granted_bytes, memory_bounds
 
 ROOT = Path(__file__).parents[3]
 GIB = 1024 * MIB
@@ -79,6 +79,32 @@ def test_a_change_waits_until_the_narrow_limit_is_gone(request_file: Path) -> No
     in_force = [memory_bounds(PLAN).max_bytes]
     asyncio.run(story())
     assert request_file.read_text() == SHARE
+
+
+def test_the_first_plan_after_a_quick_restart_waits_for_the_limit_of_the_agent_before_to_go(
+    request_file: Path,
+) -> None:
+    seen = [300 * MIB, 300 * MIB, 8 * GIB]
+
+    async def story() -> list[int]:
+        async with MemoryLimits(request_file, lambda: seen.pop(0), granted_bytes=300 * MIB).share():
+            return list(seen)
+
+    assert asyncio.run(story()) == []
+    assert request_file.read_text() == SHARE
+
+
+@pytest.mark.parametrize(("setting", "granted"), [("479199232", 479_199_232), ("80%", None), ("infinity", None)])
+def test_what_the_helper_granted_is_read_from_systemds_settings(
+    tmp_path: Path, setting: str, granted: int | None
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/system.slice/lamplighter-agent.service\n")
+    assert granted_bytes(tmp_path) is None
+    folder = tmp_path / "run/systemd/system.control/lamplighter-agent.service.d"
+    folder.mkdir(parents=True)
+    (folder / "50-MemoryMax.conf").write_text(f"# made by systemctl\n[Service]\nMemoryMax={setting}\n")
+    assert granted_bytes(tmp_path) == granted
 
 
 def test_a_request_that_the_helper_missed_is_made_again(request_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,12 +263,13 @@ def test_commands_are_answered(box: MqttBox, client: Callable[..., TestClient]) 
 
 
 def test_desired_is_handed_on_and_damage_is_reported(box: MqttBox, client: Callable[..., TestClient]) -> None:
-    app = client(f"{DEVICE}/event")
+    app = client(f"{DEVICE}/#")
     app.publish(f"{DEVICE}/desired", json.dumps({"package": "../etc", "version": "1", "id": "a"}))
     assert json.loads(app.next_on(f"{DEVICE}/event").payload)["name"] == "desired_invalid"
     app.publish(f"{DEVICE}/desired", json.dumps({"package": "smollm2", "version": "1.0", "id": "b"}))
-    app.publish(f"{DEVICE}/command", json.dumps({"command": "ping"}))
     app.publish(f"{DEVICE}/desired", b"")
+    app.publish(f"{DEVICE}/command", json.dumps({"command": "ping"}))
+    app.next_on(f"{DEVICE}/reply")
     assert [str(desired.reference) for desired in box.desired] == ["smollm2/1.0"]
 
 

@@ -7,14 +7,15 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from lamplighter_agent.config import AgentConfig, DeviceConfig, MqttConfig, RequestsConfig
 from lamplighter_agent.service import mqtt_pacing
-from lamplighter_agent.service.mqtt import MAX_OUTBOX
+from lamplighter_agent.service.mqtt_boxes import MAX_OUTBOX
 from lamplighter_agent.service.mqtt_pacing import reconnect_delay_s
 from lamplighter_agent.service.mqtt_types import Outgoing, Will
 from lamplighter_agent.service.worker import WorkerSpec
@@ -57,7 +58,7 @@ def test_an_exception_while_connecting_does_not_end_the_network_thread(own_broke
         original = connection._handlers
         calls: list[int] = []
 
-        def fail_once(number: int) -> Will:
+        def fail_once(number: int) -> Will | None:
             calls.append(number)
             if len(calls) == 1:
                 raise RuntimeError("a defect in a callback")
@@ -130,14 +131,13 @@ def test_the_delay_between_tries_grows_with_jitter_up_to_its_cap() -> None:
 
 
 def test_a_box_whose_session_is_taken_over_does_not_fight(spec: WorkerSpec, caplog: pytest.LogCaptureFixture) -> None:
-    with fake_broker() as (port, accept), running_box(config_for(port, reconnect_max_s=600.0), spec) as box:
-        connection = accept()
-        box.wait_until_connected()
+    with fake_broker() as broker, running_box(config_for(broker.port, reconnect_max_s=600.0), spec):
+        connection, _ = broker.accept_both()
+        assert b'"online"' in read_until(connection, b'"online"')
         connection.sendall(b"\xe0\x02\x8e\x00")
         assert connection.recv(100) == b"" or read_until(connection, None)
         with pytest.raises(TimeoutError):
-            accept(timeout_s=1.5)
-        connection.close()
+            broker.accept(timeout_s=1.5)
         assert "took over this device's session: is the device id used twice?" in caplog.text
 
 
@@ -226,61 +226,68 @@ def test_prompts_repeated_delayed_and_reordered_are_each_answered_once(own_broke
 
 
 def test_a_prompt_without_id_that_the_broker_delivers_twice_is_answered_once(spec: WorkerSpec) -> None:
-    with fake_broker() as (port, accept), running_box(config_for(port, keepalive_s=5), spec):
-        connection = accept()
+    with fake_broker() as broker, running_box(config_for(broker.port, keepalive_s=5), spec):
+        _, connection = broker.accept_both()
         publish_qos1(connection, f"{DEVICE}/prompt", b"once", packet_id=7, dup=False)
         assert b'"final"' in read_until(connection, b'"final"')
         publish_qos1(connection, f"{DEVICE}/prompt", b"once", packet_id=7, dup=True)
         publish_qos1(connection, f"{DEVICE}/prompt", b"marker", packet_id=8, dup=False)
         text = read_until(connection, b"You said: marker")
         assert b"You said: once" not in text
-        connection.close()
 
 
 def test_the_brokers_receive_maximum_is_kept(spec: WorkerSpec) -> None:
-    with fake_broker(receive_maximum=2) as (port, accept), running_box(config_for(port, keepalive_s=5), spec) as box:
-        connection = accept()
+    with fake_broker(receive_maximum=2) as broker, running_box(config_for(broker.port, keepalive_s=5), spec) as box:
+        connection, _ = broker.accept_both()
         for number in range(6):
             box.service.publish_event("tested", f"n{number}")
         seen = read_until(connection, None)
         assert seen.count(b'"tested"') + seen.count(b'"online"') == 2  # nothing was acknowledged
-        connection.close()
 
 
-class _Accept:
-    def __init__(self, server: socket.socket, receive_maximum: int | None) -> None:
-        self._server = server
-        self._receive_maximum = receive_maximum
+class FakeBroker:
+    """A server that speaks as much MQTT 5 as a test needs, so that the wire can be wrong on purpose."""
 
-    def __call__(self, timeout_s: float = 20.0) -> socket.socket:
-        """Accept the agent: CONNACK and SUBACK."""
+    def __init__(self, receive_maximum: int | None) -> None:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._connections: list[socket.socket] = []
+        self._properties = b"" if receive_maximum is None else b"\x21" + struct.pack(">H", receive_maximum)
+        self.port: int = self._server.getsockname()[1]
+
+    def accept(self, timeout_s: float = 20.0) -> socket.socket:
+        """Accept a connection of the agent: CONNACK and SUBACK."""
         self._server.settimeout(timeout_s)
         connection, _ = self._server.accept()
+        self._connections.append(connection)
         connection.settimeout(1.5)
         connection.recv(4096)
-        properties = b"" if self._receive_maximum is None else b"\x21" + struct.pack(">H", self._receive_maximum)
-        body = b"\x00\x00" + bytes([len(properties)]) + properties
+        body = b"\x00\x00" + bytes([len(self._properties)]) + self._properties
         connection.sendall(b"\x20" + bytes([len(body)]) + body)
         subscribe = connection.recv(4096)
         assert subscribe[0] == 0x82
         identifier = subscribe[2:4] if subscribe[1] < 128 else subscribe[3:5]
-        body = identifier + b"\x00" + b"\x01" * 5
+        body = identifier + b"\x00" + b"\x01" * 3
         connection.sendall(b"\x90" + bytes([len(body)]) + body)
         return connection
 
+    def accept_both(self) -> tuple[socket.socket, socket.socket]:
+        """Accept the agent's connection for commands, and then that for prompts."""
+        return self.accept(), self.accept()
 
-class fake_broker:  # noqa: N801 (used like a function)
-    """A server that speaks as much MQTT 5 as a test needs, so that the wire can be wrong on purpose."""
+    def close(self) -> None:
+        """Close everything."""
+        for each in (self._server, *self._connections):
+            each.close()
 
-    def __init__(self, receive_maximum: int | None = None) -> None:
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self._accept = _Accept(self._server, receive_maximum)
 
-    def __enter__(self) -> tuple[int, Callable[..., socket.socket]]:
-        return self._server.getsockname()[1], self._accept
-
-    def __exit__(self, *_error: object) -> None:
-        self._server.close()
+@contextmanager
+def fake_broker(receive_maximum: int | None = None) -> Iterator[FakeBroker]:
+    """A fake broker that is closed at the end."""
+    broker = FakeBroker(receive_maximum)
+    try:
+        yield broker
+    finally:
+        broker.close()
 
 
 def publish_qos1(connection: socket.socket, topic: str, payload: bytes, *, packet_id: int, dup: bool) -> None:
@@ -304,11 +311,9 @@ def read_until(connection: socket.socket, wanted: bytes | None) -> bytes:
 
 
 def test_a_box_stops_in_time_when_the_broker_does_not_answer_any_more(spec: WorkerSpec) -> None:
-    with fake_broker() as (port, accept):
-        box = MqttBox(config_for(port, keepalive_s=5), spec)
-        connection = accept()
-        box.wait_until_connected()
+    with fake_broker() as broker:
+        box = MqttBox(config_for(broker.port, keepalive_s=5), spec)
+        broker.accept()
         box.service.publish_event("never", "acknowledged")
         box.close()
         assert not box.service.connection.alive
-        connection.close()
