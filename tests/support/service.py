@@ -66,6 +66,8 @@ class MqttBox:
         self.commands.append(command)
         if command.command == "rollback":
             raise RequestError("nothing to go back to", code=404)
+        if command.command == "cancel_update":
+            raise ValueError("a defect")
         return Outcome(f"{command.command} done")
 
     def wait_until_connected(self) -> None:
@@ -77,7 +79,7 @@ class MqttBox:
         self._born.clear()
         connection = self.service.connection
         async with asyncio.timeout(20):
-            while connection.connected and (len(connection._outbox) or connection._unacknowledged):
+            while connection.connected and (len(connection._outbox) or connection._unacknowledged):  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
 
     def close(self) -> None:

@@ -105,7 +105,8 @@ class StatusMessage(msgspec.Struct, frozen=True, kw_only=True):
         agent: The agent's version.
         package: The active package as ``name/version``, or None.
         groups: Groups whose prompts it answers.
-        reason: Why it is offline: ``shutdown`` or ``connection_lost``. When online None, or ``safe_mode``.
+        reason: Why it is offline: ``shutdown`` or ``connection_lost``. When online None, ``safe_mode``, or
+            ``no_prompts`` when the connection for prompts does not come up.
     """
 
     state: Literal["online", "offline"]

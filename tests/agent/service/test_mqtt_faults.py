@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lamplighter_agent.config import AgentConfig, DeviceConfig, MqttConfig, RequestsConfig
-from lamplighter_agent.service import mqtt_pacing
+from lamplighter_agent.service import mqtt_pacing, mqtt_service
 from lamplighter_agent.service.mqtt_boxes import MAX_OUTBOX
 from lamplighter_agent.service.mqtt_pacing import reconnect_delay_s
 from lamplighter_agent.service.mqtt_types import Outgoing, Will
@@ -317,3 +317,57 @@ def test_a_box_stops_in_time_when_the_broker_does_not_answer_any_more(spec: Work
         box.service.publish_event("never", "acknowledged")
         box.close()
         assert not box.service.connection.alive
+
+
+def test_prompts_are_not_acknowledged_while_their_answers_cannot_leave_and_commands_go_on(spec: WorkerSpec) -> None:
+    with fake_broker() as broker, running_box(config_for(broker.port, keepalive_s=5), spec):
+        control, prompts = broker.accept_both()
+        for number in range(600):
+            publish_qos1(prompts, f"{DEVICE}/prompt", b"flood", packet_id=number + 1, dup=False)
+        received = read_until(prompts, None)  # the broker acknowledges no answer
+        acknowledged = sum(b"\x40\x02" + struct.pack(">H", number + 1) in received for number in range(600))
+        assert MAX_OUTBOX // 4 < acknowledged < 600
+        publish_qos1(control, f"{DEVICE}/command", b'{"command":"ping"}', packet_id=1, dup=False)
+        assert b"ping done" in read_until(control, b"ping done")
+
+
+def test_a_box_that_cannot_take_prompts_says_so_and_takes_commands(
+    spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mqtt_service, "_PROMPTS_GRACE_S", 0.1)
+    with fake_broker() as broker, running_box(config_for(broker.port, keepalive_s=5), spec):
+        control = broker.accept()
+        assert b'"reason":"no_prompts"' in read_until(control, b'"no_prompts"')
+        publish_qos1(control, f"{DEVICE}/command", b'{"command":"ping"}', packet_id=1, dup=False)
+        assert b"ping done" in read_until(control, b"ping done")
+        broker.accept()
+        assert b'"reason":null' in read_until(control, b'"reason":null')
+
+
+def test_a_group_that_a_box_has_left_asks_another_box(own_broker: Broker, spec: WorkerSpec) -> None:
+    with running_box(config_for(own_broker.port, groups=("lobby",)), spec) as box:
+        box.wait_until_connected()
+    app = TestClient(own_broker.port, REPLY)
+    with running_box(config_for(own_broker.port), spec) as box:
+        box.wait_until_connected()
+        app.publish("lamplighter/v1/group/lobby/prompt", "hi", response_topic=REPLY)
+        refusal = json.loads(app.next_on(REPLY).payload)
+        assert (refusal["code"], refusal["message"]) == (503, "box1 is in the group 'lobby' no more")
+        app.publish(f"{DEVICE}/prompt", "a round trip later", response_topic=REPLY)
+        final_on(app)
+        app.publish("lamplighter/v1/group/lobby/prompt", "hi", response_topic=REPLY)
+        with pytest.raises(queue.Empty):
+            app.next(0.3)  # nobody has subscribed any more
+    app.close()
+
+
+def test_a_command_that_fails_for_a_defect_ends_alone(own_broker: Broker, spec: WorkerSpec) -> None:
+    with running_box(config_for(own_broker.port), spec) as box:
+        box.wait_until_connected()
+        app = TestClient(own_broker.port, REPLY)
+        for command in ("cancel_update", "ping"):
+            app.publish(f"{DEVICE}/command", json.dumps({"command": command, "reply_to": REPLY}))
+        failure, result = (json.loads(app.next_on(REPLY).payload) for _ in range(2))
+        assert (failure["code"], failure["message"]) == (500, "the command failed in the agent: ValueError")
+        assert result["message"] == "ping done"
+        app.close()
