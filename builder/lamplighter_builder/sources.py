@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -75,9 +76,26 @@ def read_chat_format(path: Path) -> ChatFormat:
     """Read a chat format from a JSON file of the manifest's form.
 
     Raises:
-        ConfigError: If it cannot be read or is not of that form.
+        ConfigError: If it cannot be read, is not of that form or has a field of another name.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=ChatFormat)
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        given = path.read_bytes()
+        found = msgspec.json.decode(given, type=ChatFormat)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no chat format: {error}") from error
+    _check_names(msgspec.json.decode(given, type=dict[str, Any]), found, str(path))
+    return found
+
+
+def _check_names(given: Mapping[str, Any], found: Mapping[str, Any] | msgspec.Struct, where: str) -> None:
+    """Refuse fields that mean nothing: in a file written by hand they are slips.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    known = msgspec.structs.asdict(found) if isinstance(found, msgspec.Struct) else found
+    for name, value in given.items():
+        if name not in known:
+            raise ConfigError(f"{where}: no chat format has {name!r}", hint=f"it may have {', '.join(known)}")
+        if isinstance(value, dict):
+            _check_names(value, known[name], f"{where}: {name}")

@@ -37,7 +37,7 @@ from lamplighter_agent.engine.runner import ModelRunner
 from lamplighter_agent.engine.sampling import Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
 from lamplighter_agent.engine.tokens import Generation, Token
-from lamplighter_agent.errors import EngineError, RequestError
+from lamplighter_agent.errors import ConfigError, EngineError, RequestError
 from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
 
 logger = logging.getLogger(__name__)
@@ -123,6 +123,8 @@ class Engine:
             EngineError: If the runtime fails.
         """
         options = EngineOptions() if options is None else options
+        if not isinstance(options, EngineOptions):
+            raise ConfigError(f"options is a {type(options).__name__}, but must be EngineOptions")
         options.validate()
         package = Path(package)
         opened = open_package(package, options, prepared_root)

@@ -48,11 +48,15 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     pinned_prompts: tuple[str, ...] = ()
 
     def validate(self) -> None:
-        """Check every option's range.
+        """Check every option's type and range.
 
         Raises:
             ConfigError: Naming the option, its value and the range.
         """
+        try:
+            msgspec.convert(msgspec.structs.asdict(self), type=EngineOptions)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"an engine option is not of its type: {error}") from error
         _check("memory_budget_bytes", self.memory_budget_bytes, 1, 2**53)
         _check("max_context_tokens", self.max_context_tokens, MIN_CONTEXT_TOKENS, 2**31 - 1)
         _check("slots", self.slots, 1, MAX_SLOTS)

@@ -14,7 +14,7 @@ from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prompts import Prompt
-from lamplighter_agent.errors import EngineError, RequestError
+from lamplighter_agent.errors import ConfigError, EngineError, RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
 
 OPTIONS = EngineOptions(max_context_tokens=256, slots=3, threads=2, prefill_chunk_tokens=16)
@@ -105,3 +105,17 @@ def test_a_closed_engine_says_so(tiny_package: Path) -> None:
     for call in (lambda: engine.generate("Hi"), lambda: engine.open("Hi"), lambda: engine.embed("Hi")):
         with pytest.raises(EngineError, match="the engine is closed"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"threads": 2}, "options is a dict, but must be EngineOptions"),
+        (EngineOptions(threads="2"), r"not of its type: .*\$\.threads"),  # type: ignore[arg-type]
+        (EngineOptions(kv_cache_dtype="q4"), r"not of its type: .*\$\.kv_cache_dtype"),  # type: ignore[arg-type]
+        (EngineOptions(slots=0), "slots is 0, but must be 1 to 64"),
+    ],
+)
+def test_options_of_the_engine_are_checked(tiny_package: Path, options: object, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Engine.load(tiny_package, options=cast("EngineOptions", options))

@@ -18,7 +18,7 @@ def test_the_examples_run_on_any_package(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "package").symlink_to(tiny_package)
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     names: dict[str, object] = {}
     for example in EXAMPLES:
         exec(compile(example, str(README), "exec"), names)
