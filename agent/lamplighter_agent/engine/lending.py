@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lamplighter_agent.engine.computing import Runner
+from functools import partial
+
+from lamplighter_agent.engine.computing import Runner, prompt_logits
 from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.sequence import chunk_length
 from lamplighter_agent.engine.slots import SlotTable
@@ -47,7 +49,9 @@ class Lender:
         logits: Logits | None = None
         while (done := self.cache.offset(slot)) < len(tokens):
             length = chunk_length(len(tokens) - done, self._chunk_tokens, self._runner.cache.stretch(slot))
-            logits = self._runner.prefill(slot, tokens[done : done + length])
+            # The first piece may be a token that this text drew, which decode steps compute alone.
+            compute = self._runner.prefill if logits is None else partial(prompt_logits, self._runner)
+            logits = compute(slot, tokens[done : done + length])
         assert logits is not None, "the slot holds the last token, whose logits are wanted"
         return logits
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from lamplighter_agent.engine.computing import Runner
+from lamplighter_agent.engine.computing import Runner, prompt_logits
 from lamplighter_agent.engine.prefix_cache import PrefixCache, common_prefix
 from lamplighter_agent.engine.sequence import chunk_length
 from lamplighter_agent.package.chat_format import ChatMessage
@@ -59,7 +59,7 @@ def warm(prefixes: PrefixCache, runner: Runner, sequences: Iterable[list[int]], 
         while begin < len(tokens):
             length = chunk_length(len(tokens) - begin, chunk_tokens, cache.stretch(0))
             prefixes.store_before_loss(cache, 0, length, pinned=True)
-            runner.prefill(0, tokens[begin : begin + length])
+            prompt_logits(runner, 0, tokens[begin : begin + length])
             begin += length
         stored = prefixes.store(cache, 0, len(tokens), pinned=True)
         if stored < len(tokens):

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from lamplighter_agent.engine.beam_sequence import BeamSequence
-from lamplighter_agent.engine.computing import Runner
+from lamplighter_agent.engine.computing import Runner, prompt_logits, prompt_rows
 from lamplighter_agent.engine.embedding import EmbeddingSequence
 from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.intake import Intake
@@ -228,15 +228,15 @@ class Scheduler:
         tokens = sequence.remaining_prompt(most, self._runner.cache.stretch(slot))
         self._prefixes.keep_before_loss(sequence, slot, len(tokens))
         if request.wants_prompt_logprobs:
-            rows = self._runner.prefill_rows(slot, tokens)
+            rows = prompt_rows(self._runner.prefill_rows, self._runner.cache, slot, tokens)
             request.note_prompt_logits(rows, self.intake.vocab_size)
             logits: Logits = rows[-1]
         elif isinstance(sequence, EmbeddingSequence):
-            logits = self._runner.hidden_states(slot, tokens)
+            logits = prompt_rows(self._runner.hidden_states, self._runner.cache, slot, tokens)
             sequence.add(logits)
         else:
             begun = self._clock()
-            logits = self._runner.prefill(slot, tokens)
+            logits = prompt_logits(self._runner, slot, tokens)
             self._pace.observe(len(tokens), self._clock() - begun)
         sequence.prefilled += len(tokens)
         return logits

@@ -110,6 +110,23 @@ def test_logits_are_the_same_bits_whatever_was_cached(shared: int, rounding_engi
     assert chances(cached=True) == cold
 
 
+def test_a_lone_token_behind_a_moved_window_has_the_bits_of_one_among_others(rounding_engine: Engine) -> None:
+    shared = TEXT[: CAPACITY + 1]
+    params = GenerationParams(max_tokens=1, temperature=0.0, logprobs=5)
+
+    def chances(prompt: list[int], *, cached: bool) -> list[tuple[tuple[int, float], ...]]:
+        asked = msgspec.structs.replace(params, cache_prompt=cached)
+        return [found.top for token in rounding_engine.generate(prompt, asked) for found in token.logprobs]
+
+    rounding_engine.forget_prefixes()
+    longer = [shared + TEXT[start : start + 40] for start in range(40, 240, 20)]
+    cold = [chances(prompt, cached=False) for prompt in longer]
+    chances(shared, cached=True)
+    _, end = engine_tokens(rounding_engine, longer[0], params)
+    assert end.usage.cached_tokens == len(shared)
+    assert [chances(prompt, cached=True) for prompt in longer] == cold
+
+
 def test_an_answer_is_kept_too(engine: Engine) -> None:
     engine.forget_prefixes()
     first, _ = engine_tokens(engine, TEXT[:250], GREEDY)
