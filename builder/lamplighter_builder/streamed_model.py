@@ -73,7 +73,12 @@ class StreamedModel:
         self._checkpoint = checkpoint
         config = reference_config(checkpoint.config)
         with no_init_weights():  # the parameters' memory is reserved and never touched
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")  # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",  # torch's grouped product takes multiples of four features only
+            )
         model.tie_weights()
         model.requires_grad_(False)
         model.train(mode=False)

@@ -10,6 +10,7 @@ import torch
 
 from lamplighter_agent.errors import BuildError, CheckpointError, UnsupportedModelError, WeightMismatchError
 from lamplighter_agent.package.manifest import Manifest, read_manifest
+from lamplighter_builder.components.mlp import find_activation
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.precision import float_parts
 from lamplighter_builder.registry import MODEL_MODULES, find_architecture
@@ -133,6 +134,22 @@ def test_early_gemma3_configs_are_read_like_new_ones(configs: Callable[[str], di
     found = architecture.read_config(Fields(early, "early"))
     assert (found.rope, found.local_rope) == (new.rope, new.local_rope)
     assert found.sliding_layers == (0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"hidden_act": "gelu", "hidden_activation": "gelu"}, "gelu_pytorch_tanh"),
+        ({"hidden_act": "gelu", "hidden_activation": None}, "gelu_pytorch_tanh"),
+        ({"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "silu"),
+        ({"hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"}, "gelu_pytorch_tanh"),
+    ],
+)
+def test_the_activation_of_the_first_gemma_is_the_one_that_transformers_reads(
+    fields: dict[str, object], found: str, configs: Callable[[str], dict[str, object]]
+) -> None:
+    config = find_architecture("gemma").read_config(Fields(configs("gemma") | fields, "config.json"))
+    assert config.activation is find_activation(found)
 
 
 def test_missing_and_unused_tensors_are_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from lamplighter_agent.package.manifest import read_manifest
 from lamplighter_builder.build import BuildOptions, build_package
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
+from lamplighter_builder.cli import main
 from lamplighter_builder.parity import Reference, compare_logits
 from lamplighter_builder.precision import QuantizationOptions
 from lamplighter_builder.progress import SilentProgress
@@ -65,3 +66,14 @@ def test_a_calibration_leaves_them_out(tmp_path: Path) -> None:
     )
     manifest = build_package(HuggingFaceCheckpoint(checkpoint), options, SilentProgress())
     assert {(group.name, group.bits) for group in manifest.precision.groups} >= {("linear", 4), ("linear.float32", 32)}
+
+
+def test_a_mixture_of_odd_sizes_is_compared_with_the_checkpoint(tmp_path: Path) -> None:
+    from transformers import PhimoeConfig
+
+    config = PhimoeConfig(**SIZES, hidden_size=66, intermediate_size=130, num_local_experts=3)
+    checkpoint = save_checkpoint(tmp_path / "model", config, seed=1)
+    assert main(["build", "-m", str(checkpoint), "-o", str(tmp_path / "package"), "-p", "fp32"]) == 0
+    fidelity = read_manifest(tmp_path / "package").fidelity
+    assert fidelity is not None
+    assert fidelity.kl_mean < 1e-6

@@ -2,7 +2,8 @@
 
 - Hidden states start as the embedding times ``sqrt(hidden_size)``.
 - Norms store the difference of each factor to one.
-- The activation is GELU with tanh, which early configs write as ``gelu``.
+- The activation is GELU with tanh, which early configs write as ``gelu``; ``hidden_act`` goes before the younger
+  ``hidden_activation``.
 - ``head_dim`` is a field of its own; embeddings are tied where the config does not say.
 """
 
@@ -36,7 +37,7 @@ def read_config(config: Fields) -> DecoderConfig:
         **sizes,
         model_type="gemma",
         norm_epsilon=config.positive("rms_norm_eps"),
-        activation=read_gemma_activation(config),
+        activation=_read_first_activation(config),
         rope=read_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=True),
         attention_bias=bias,
@@ -53,6 +54,19 @@ def read_gemma_activation(config: Fields) -> Activation:
     """
     if config.has("hidden_activation"):
         return find_activation(config.text("hidden_activation"))
+    name = config.text("hidden_act")
+    return find_activation("gelu_pytorch_tanh" if name == "gelu" else name)
+
+
+def _read_first_activation(config: Fields) -> Activation:
+    """Read ``hidden_act``, all that transformers reads for Gemma 1, or ``hidden_activation`` where it is missing.
+
+    Raises:
+        CheckpointError: If both are missing.
+        UnsupportedModelError: If it is not supported.
+    """
+    if not config.has("hidden_act"):
+        return read_gemma_activation(config)
     name = config.text("hidden_act")
     return find_activation("gelu_pytorch_tanh" if name == "gelu" else name)
 
