@@ -191,6 +191,9 @@ def _make_package(work: Callable[[TerminalProgress], Manifest], arguments: argpa
     if manifest.licence == UNKNOWN_LICENCE:
         print(f"the model's licence is not stated; the package says {UNKNOWN_LICENCE}: name it with --licence "
               "SPDX-EXPRESSION before you pass the package on", file=sys.stderr)  # fmt: skip
+    if manifest.chat_format is None:
+        print("there is no chat template: the package continues texts, and takes no messages unless it is made with "
+              "--chat-format FILE", file=sys.stderr)  # fmt: skip
     if arguments.json:
         facts = {"package": manifest.reference, "directory": str(arguments.output), "bytes": manifest.total_bytes}
         print(json.dumps(facts))

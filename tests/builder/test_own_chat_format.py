@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lamplighter_agent.cli import main as agent_main
 from lamplighter_agent.errors import ConfigError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.package.manifest import read_manifest
@@ -46,3 +47,17 @@ def test_slips_are_named(old: str, new: str, words: str, tmp_path: Path) -> None
     (tmp_path / "format.json").write_text(EXAMPLE.replace(old, new))
     with pytest.raises(ConfigError, match=words):
         read_chat_format(tmp_path / "format.json")
+
+
+def test_a_package_without_a_chat_format_is_told_of_and_does_not_open_a_chat(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_tiny_checkpoint(tmp_path / "model")
+    (checkpoint / "chat_template.jinja").unlink()
+    arguments = ["build", "-m", str(checkpoint), "-o", str(tmp_path / "package"), "-p", "int4", "--no-fidelity"]
+    assert main(arguments) == 0
+    assert "there is no chat template: the package continues texts" in capsys.readouterr().err
+    assert agent_main(["generate", str(tmp_path / "package")]) == 8
+    said = capsys.readouterr()
+    assert "has no chat format, so it cannot chat" in said.err
+    assert said.out == ""

@@ -11,6 +11,7 @@ import msgspec
 
 from lamplighter_agent.arguments import MIB, Commands, add_command, shown
 from lamplighter_agent.engine.generation_arguments import add_generation_arguments, generation_params
+from lamplighter_agent.errors import RequestError
 from lamplighter_agent.package.chat_format import ChatMessage
 
 if TYPE_CHECKING:
@@ -128,7 +129,17 @@ def _messages(system: str | None, user: str) -> list[ChatMessage]:
 
 
 def _chat(engine: Engine, params: GenerationParams, system: str | None) -> int:
-    """Talk in the terminal until end of file; Ctrl-C ends an answer, and the program where there is none."""
+    """Talk in the terminal until end of file; Ctrl-C ends an answer, and the program where there is none.
+
+    Raises:
+        RequestError: If the package has no chat format.
+    """
+    if engine.manifest.chat_format is None:
+        raise RequestError(
+            f"{engine.manifest.reference} has no chat format, so it cannot chat",
+            param="messages",
+            hint="give a text on the command line, which it continues",
+        )
     opening = [] if system is None else [ChatMessage("system", system)]
     messages = list(opening)
     print(f"{engine.manifest.reference}: /reset forgets the conversation, Ctrl-D ends it", file=sys.stderr)
