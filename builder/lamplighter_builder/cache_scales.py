@@ -20,6 +20,7 @@ _MAX_TOKENS: Final = 512
 _LARGEST_CODE: Final = 127
 _ROOM: Final = 1.3
 _SMALLEST: Final = 1e-6
+_WINDOWED_HEAD_STEP: Final = 16
 
 CALIBRATION_TEXT: Final = """\
 The harbour was quiet when the keeper climbed the tower. He carried oil, a brush and a book in which he wrote down
@@ -52,6 +53,11 @@ Die Lampe brennt seit heute Morgen. Le phare est visible à douze milles. El bar
 灯台は海のそばに立っている。 Маяк стоит на скале.
 SELECT name, count(*) FROM ships WHERE seen > '1887-03-01' GROUP BY name ORDER BY 2 DESC;
 """
+
+
+def takes_8_bit_cache(facts: ModelFacts) -> bool:
+    """Tell whether the attention can keep 8-bit values: heads of windowed layers must be multiples of 16 features."""
+    return facts.sliding_window is None or facts.head_dim % _WINDOWED_HEAD_STEP == 0
 
 
 def calibrate_cache(runner: Runner, tokenizer: Tokenizer, facts: ModelFacts) -> CacheScales:

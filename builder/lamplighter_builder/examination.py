@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.fidelity import Fidelity
 from lamplighter_agent.package.manifest import CacheScales, GenerationDefaults, ModelFacts, SelfTest
-from lamplighter_builder.cache_scales import calibrate_cache
+from lamplighter_builder.cache_scales import calibrate_cache, takes_8_bit_cache
 from lamplighter_builder.evaluation import Reference
 from lamplighter_builder.generation import PROMPTS, Answer, compare_answers, encode_prompt, generate_answers
 from lamplighter_builder.progress import Progress
@@ -59,7 +59,7 @@ def examine(subject: Subject, open_reference: OpenReference | None, progress: Pr
     facts = subject.facts
     runner = load_runner(subject.model, progress)
     scales: CacheScales | None = None
-    if subject.target.cache_dtype == "float32":
+    if subject.target.cache_dtype == "float32" and takes_8_bit_cache(facts):
         progress.stage("cache scales", 1)
         scales = calibrate_cache(runner, subject.tokenizer, facts)
         progress.advance(1)

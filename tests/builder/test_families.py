@@ -3,11 +3,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lamplighter_agent.engine.generate import Engine
+from lamplighter_agent.engine.options import EngineOptions
+from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import BuildError, CheckpointError, UnsupportedModelError, WeightMismatchError
 from lamplighter_agent.package.manifest import Manifest, read_manifest
 from lamplighter_builder.components.mlp import find_activation
@@ -15,7 +19,7 @@ from lamplighter_builder.fields import Fields
 from lamplighter_builder.precision import float_parts
 from lamplighter_builder.registry import MODEL_MODULES, find_architecture
 from support.families import FAMILIES, LONG_ROPE_SWITCH, WINDOW, load_reference, write_family_checkpoint
-from support.tiny_model import build_tiny_package
+from support.tiny_model import build_tiny_package, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +207,20 @@ def test_rotary_tables_are_those_of_transformers_far_out(family: str, tmp_path: 
     # With LongRoPE the short factors come first; a text of this length has the long ones.
     for found, wanted in zip((cos[-positions:], sin[-positions:]), expected, strict=True):
         np.testing.assert_allclose(found, wanted[0, :, : rope.rotary_dim // 2].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(("head_dim", "scales"), [(8, False), (16, True)])
+def test_windowed_layers_of_narrow_heads_get_no_8_bit_cache(head_dim: int, scales: bool, tmp_path: Path) -> None:
+    """The operator refuses them there, at the first step."""
+    from transformers import MistralConfig
+
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    config = MistralConfig(
+        **sizes, num_key_value_heads=2, head_dim=head_dim, sliding_window=WINDOW, num_hidden_layers=1, vocab_size=384
+    )
+    package = build_tiny_package(save_checkpoint(tmp_path / "model", config, seed=1), tmp_path / "package")
+    assert (read_manifest(package).cache_scales is not None) == scales
+    options = EngineOptions(kv_cache_dtype="int8" if scales else None, max_context_tokens=128)
+    with Engine.load(package, options=options) as engine:
+        tokens = list(engine.generate("The lamp", GenerationParams(max_tokens=40, ignore_eos=True)))
+    assert sum(token.token_id is not None for token in tokens) == 40
