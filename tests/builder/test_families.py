@@ -14,7 +14,7 @@ from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import BuildError, CheckpointError, UnsupportedModelError, WeightMismatchError
 from lamplighter_agent.package.manifest import Manifest, read_manifest
-from lamplighter_builder.components.mlp import find_activation
+from lamplighter_builder.components.mlp import read_activation
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.precision import float_parts
 from lamplighter_builder.registry import MODEL_MODULES, find_architecture
@@ -58,7 +58,11 @@ def test_unknown_architecture_is_refused() -> None:
     ("changes", "error", "words"),
     [
         ({"rope_parameters": {"rope_type": "spiral"}}, UnsupportedModelError, "rope type 'spiral'"),
-        ({"hidden_act": "mish", "hidden_activation": "mish"}, UnsupportedModelError, "activation 'mish'"),
+        (
+            {"hidden_act": "mish", "hidden_activation": "mish"},
+            UnsupportedModelError,
+            r"config.json: hidden_act(ivation)?: activation 'mish'",
+        ),
         ({"intermediate_size": None}, CheckpointError, "'intermediate_size' is missing"),
         ({"num_attention_heads": "four"}, CheckpointError, "num_attention_heads is 'four'"),
     ],
@@ -153,7 +157,7 @@ def test_the_activation_of_the_first_gemma_is_the_one_that_transformers_reads(
     fields: dict[str, object], found: str, configs: Callable[[str], dict[str, object]]
 ) -> None:
     config = find_architecture("gemma").read_config(Fields(configs("gemma") | fields, "config.json"))
-    assert config.activation is find_activation(found)
+    assert config.activation is read_activation(Fields({"act": found}, "act"), "act")
 
 
 def test_missing_and_unused_tensors_are_named(tmp_path: Path) -> None:

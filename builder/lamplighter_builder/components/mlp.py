@@ -14,6 +14,7 @@ from lamplighter_builder.components.linear import (
     linear_source,
     module_spec,
 )
+from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import CONTRIB_DOMAIN, Graph, Value
 
 Activation = Callable[[Graph, Value], Value]
@@ -64,17 +65,26 @@ _ACTIVATIONS: Final[Mapping[str, Activation]] = MappingProxyType(
 )
 
 
-def find_activation(name: str) -> Activation:
-    """Return the activation of Hugging Face's name.
+def read_activation(config: Fields, key: str = "hidden_act", *, gelu: str = "gelu") -> Activation:
+    """Read an activation by Hugging Face's name.
+
+    Args:
+        config: Fields of ``config.json``.
+        key: The field.
+        gelu: What the family means by ``gelu``.
 
     Raises:
+        CheckpointError: If the field is missing or no text.
         UnsupportedModelError: If it is not supported.
     """
-    if name not in _ACTIVATIONS:
+    name = config.text(key)
+    found = _ACTIVATIONS.get(gelu if name == "gelu" else name)
+    if found is None:
         raise UnsupportedModelError(
-            f"activation {name!r} is not supported", hint=f"supported are: {', '.join(sorted(_ACTIVATIONS))}"
+            f"{config.origin}: {key}: activation {name!r} is not supported",
+            hint=f"supported are: {', '.join(sorted(_ACTIVATIONS))}",
         )
-    return _ACTIVATIONS[name]
+    return found
 
 
 class MLP(Protocol):

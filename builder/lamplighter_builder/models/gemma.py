@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from lamplighter_builder.components.embedding import Embedding
-from lamplighter_builder.components.mlp import Activation, find_activation
+from lamplighter_builder.components.mlp import Activation, read_activation
 from lamplighter_builder.components.norm import Norm, OffsetRMSNorm
 from lamplighter_builder.components.rope import read_rope
 from lamplighter_builder.fields import Fields
@@ -53,9 +53,8 @@ def read_gemma_activation(config: Fields) -> Activation:
         UnsupportedModelError: If it is not supported.
     """
     if config.has("hidden_activation"):
-        return find_activation(config.text("hidden_activation"))
-    name = config.text("hidden_act")
-    return find_activation("gelu_pytorch_tanh" if name == "gelu" else name)
+        return read_activation(config, "hidden_activation")
+    return read_activation(config, gelu="gelu_pytorch_tanh")
 
 
 def _read_first_activation(config: Fields) -> Activation:
@@ -67,8 +66,7 @@ def _read_first_activation(config: Fields) -> Activation:
     """
     if not config.has("hidden_act"):
         return read_gemma_activation(config)
-    name = config.text("hidden_act")
-    return find_activation("gelu_pytorch_tanh" if name == "gelu" else name)
+    return read_activation(config, gelu="gelu_pytorch_tanh")
 
 
 class Gemma(CausalLM):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lamplighter_builder.components.attention import Attention, LayerCache, NormedAttention
-from lamplighter_builder.components.mlp import MLP, PlainMLP, find_activation
+from lamplighter_builder.components.mlp import MLP, PlainMLP, read_activation
 from lamplighter_builder.components.norm import LayerNorm, Norm, Stream
 from lamplighter_builder.components.rope import read_partial_rotary_dim, read_rope
 from lamplighter_builder.fields import Fields
@@ -41,7 +41,7 @@ def read_config(config: Fields) -> PhiConfig:
         **sizes,
         model_type="phi",
         norm_epsilon=config.positive("layer_norm_eps"),
-        activation=find_activation(config.text("hidden_act")),
+        activation=read_activation(config),
         rope=read_rope(config, read_partial_rotary_dim(config, sizes["head_dim"], default=0.5)),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
         attention_bias=True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Final
 
 from lamplighter_builder.components.attention import Attention, FusedAttention
-from lamplighter_builder.components.mlp import MLP, FusedGatedMLP, find_activation
+from lamplighter_builder.components.mlp import MLP, FusedGatedMLP, read_activation
 from lamplighter_builder.components.rope import Rope, read_partial_rotary_dim, read_rope
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.models.common import read_sizes, read_window
@@ -32,7 +32,7 @@ def read_config(config: Fields) -> DecoderConfig:
         **sizes,
         model_type="phi3",
         norm_epsilon=config.positive("rms_norm_eps"),
-        activation=find_activation(config.text("hidden_act")),
+        activation=read_activation(config),
         rope=read_phi3_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
         sliding_window=read_window(config),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from lamplighter_agent.errors import UnsupportedModelError
-from lamplighter_builder.components.mlp import MLP, find_activation
+from lamplighter_builder.components.mlp import MLP, read_activation
 from lamplighter_builder.components.moe import EXPERTS_PER_TOKEN, ExpertsSpec, SparseMoE
 from lamplighter_builder.components.norm import LayerNorm, Norm
 from lamplighter_builder.components.rope import LongRope, Rope, read_rope
@@ -47,7 +47,7 @@ def read_config(config: Fields) -> PhimoeConfig:
         **sizes,
         model_type="phimoe",
         norm_epsilon=config.positive("rms_norm_eps"),
-        activation=find_activation(config.text("hidden_act")),
+        activation=read_activation(config),
         rope=_read_scaled_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
         attention_bias=bias,

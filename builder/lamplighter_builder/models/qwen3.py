@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from lamplighter_builder.components.attention import Attention, NormedAttention
-from lamplighter_builder.components.mlp import find_activation
+from lamplighter_builder.components.mlp import read_activation
 from lamplighter_builder.components.norm import RMSNorm
 from lamplighter_builder.components.rope import read_rope
 from lamplighter_builder.fields import Fields
@@ -32,7 +32,7 @@ def read_config(config: Fields) -> DecoderConfig:
         **sizes,
         model_type="qwen3",
         norm_epsilon=config.positive("rms_norm_eps"),
-        activation=find_activation(config.text("hidden_act")),
+        activation=read_activation(config),
         rope=read_rope(config, sizes["head_dim"]),
         tie_word_embeddings=config.flag("tie_word_embeddings", default=False),
         attention_bias=bias,
