@@ -13,6 +13,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from lamplighter_agent.errors import BuildError
+from lamplighter_agent.heap import trim_heap
 from lamplighter_builder.graph import Array, FloatArray
 
 EXACT_ACTIVATIONS: Final = 1
@@ -75,6 +76,7 @@ class Runner:
     def unload(self) -> None:
         """Give the memory of the weights back; the next run loads them again."""
         self._session = None
+        trim_heap()  # weights are packed into pieces that the C library keeps otherwise, all of them
 
     def _loaded(self) -> onnxruntime.InferenceSession:
         if self._session is not None:

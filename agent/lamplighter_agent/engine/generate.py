@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamplighter_agent.engine.events import Event, Failed, Finished
-from lamplighter_agent.engine.heap import trim_heap
 from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.live import LiveSequence
 from lamplighter_agent.engine.loading import OpenedPackage, make_cache, open_package, open_prefix_files
@@ -38,6 +37,7 @@ from lamplighter_agent.engine.sampling import Scorer
 from lamplighter_agent.engine.scheduler import Scheduler
 from lamplighter_agent.engine.tokens import Generation, Token
 from lamplighter_agent.errors import ConfigError, EngineError, RequestError
+from lamplighter_agent.heap import trim_heap
 from lamplighter_agent.package.chat_format import ChatFormat, ChatMessage
 
 logger = logging.getLogger(__name__)

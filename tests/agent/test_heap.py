@@ -10,7 +10,7 @@ import pytest
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps what is freed, and can be told not to")
 def test_freed_memory_goes_back_to_the_system() -> None:
     code = (
-        "from lamplighter_agent.engine.heap import trim_heap\n"
+        "from lamplighter_agent.heap import trim_heap\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
         # Small blocks, of which the last stays: the heap cannot shrink by itself.
         "blocks = [bytearray(2000) for _ in range(20_000)]\n"
