@@ -3,9 +3,9 @@
 The thread is the only one that touches paho. It drives paho's external-loop functions itself, because paho's own
 thread dies with the first exception in a callback, waits without jitter between its tries, and may deadlock when
 several threads publish. Work goes to the event loop at once, so that the keep-alive never starves. A message is
-acknowledged when the event loop has handled it, and not while much waits to be sent: so the broker sends no more than
-its window ahead, and keeps what is left. Only a connection that carries nothing but prompts may do that: withheld
-acknowledgements would lock out commands, which therefore have one of their own.
+acknowledged when the event loop has handled it. A connection by which nothing but prompts come is not read while many
+answers wait to be sent: TCP holds the broker back, which keeps what is left. A connection that also sends must read on,
+or it would never learn that what it sent has arrived.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from lamplighter_agent.service.mqtt_wire import (
 logger = logging.getLogger(__name__)
 
 _TICK_S: Final = 1.0
+_SHORT_TICK_S: Final = 0.05
 _SESSION_TAKEN_OVER: Final = 0x8E
 _STABLE_S: Final = 10.0
 _FIGHT_TRIES: Final = 5
@@ -136,6 +137,11 @@ class MqttConnection:
         self._wake()
         return True
 
+    @property
+    def crowded(self) -> bool:
+        """True while so much waits to be sent that no more prompts should come: each of them has an answer."""
+        return self._outbox.crowded
+
     def unsubscribe(self, topic: str) -> None:
         """End a subscription that an earlier start of the agent left in the session."""
         self._unwanted.append(topic)
@@ -206,8 +212,10 @@ class MqttConnection:
                 raise TimeoutError("the broker did not answer the connection request")
             if self.connected:
                 self._flush()
-                self._acknowledge()
-                self._drop_unwanted()
+                for number in self._inbox.take_receipts(self._attempt):
+                    self._client.ack(number, 1)
+                while self._unwanted:
+                    self._client.unsubscribe(self._unwanted.pop())
             if self._stopping.is_set() and not leaving and self._may_leave():
                 leaving = True
                 self._client.disconnect()
@@ -225,12 +233,13 @@ class MqttConnection:
         assert isinstance(connection, socket.socket)
         # Bytes that TLS has already decrypted do not make the socket readable.
         buffered = isinstance(connection, ssl.SSLSocket) and connection.pending() > 0
-        may_read = not self._inbox.full
+        braked = self._handlers.braked()
+        may_read = not self._inbox.full and not braked
         readers = [self._wake_read, connection] if may_read else [self._wake_read]
         writers = [connection] if self._client.want_write() else []
         timeout = 0.0 if buffered and may_read else _TICK_S
-        if self._stopping.is_set():
-            timeout = min(timeout, 0.05)
+        if self._stopping.is_set() or braked:
+            timeout = min(timeout, _SHORT_TICK_S)
         readable, writable, _ = select.select(readers, writers, [], timeout)
         if self._wake_read in readable:
             self._wake_read.recv(4096)
@@ -258,15 +267,6 @@ class MqttConnection:
                 self._unacknowledged.add(info.mid)
                 if info.is_published():
                     self._unacknowledged.discard(info.mid)
-
-    def _acknowledge(self) -> None:
-        if not self._outbox.crowded:
-            for number in self._inbox.take_receipts(self._attempt):
-                self._client.ack(number, 1)
-
-    def _drop_unwanted(self) -> None:
-        while self._unwanted:
-            self._client.unsubscribe(self._unwanted.pop())
 
     def _on_connect(
         self, client: paho.Client, _data: object, _flags: paho.ConnectFlags, code: ReasonCode, props: Properties | None

@@ -29,9 +29,10 @@ class Outbox:
         self.dropped = 0
         self._lock = threading.Lock()
         self._messages: deque[Outgoing] = deque()
+        self._urgent: deque[Outgoing] = deque()
 
     def __len__(self) -> int:
-        return len(self._messages)
+        return len(self._messages) + len(self._urgent)
 
     @property
     def crowded(self) -> bool:
@@ -41,10 +42,11 @@ class Outbox:
     def put(self, message: Outgoing) -> bool:
         """Take a message, or count it as dropped when there is no room."""
         with self._lock:
-            if len(self._messages) >= MAX_OUTBOX:
+            lane = self._lane(message)
+            if len(lane) >= MAX_OUTBOX:
                 self.dropped += 1
                 return False
-            self._messages.append(message)
+            lane.append(message)
             return True
 
     def drop(self) -> None:
@@ -55,21 +57,27 @@ class Outbox:
     def take(self, *, only_unacknowledged: bool) -> Outgoing | None:
         """Return the next message, or None if there is none; with ``only_unacknowledged`` if it is one of QoS 0."""
         with self._lock:
-            if not self._messages or (only_unacknowledged and self._messages[0].qos > 0):
+            lane = self._urgent or self._messages
+            if not lane or (only_unacknowledged and lane[0].qos > 0):
                 return None
-            return self._messages.popleft()
+            return lane.popleft()
 
     def put_back(self, message: Outgoing) -> None:
         """Put a message back to the front."""
         with self._lock:
-            self._messages.appendleft(message)
+            self._lane(message).appendleft(message)
 
     def forget_unacknowledged(self) -> None:
         """Drop what nobody keeps for a later connection: messages of QoS 0."""
         with self._lock:
-            kept = [message for message in self._messages if message.qos > 0]
-            self.dropped += len(self._messages) - len(kept)
-            self._messages = deque(kept)
+            before = len(self)
+            self._messages, self._urgent = (
+                deque(message for message in lane if message.qos > 0) for lane in (self._messages, self._urgent)
+            )
+            self.dropped += before - len(self)
+
+    def _lane(self, message: Outgoing) -> deque[Outgoing]:
+        return self._urgent if message.urgent else self._messages
 
 
 class Receipt(NamedTuple):

@@ -1,4 +1,4 @@
-"""Prompts and their answers on MQTT, by a connection of their own: a flood of prompts keeps no command waiting."""
+"""Prompts on MQTT, by a connection of their own: a flood of them keeps no command waiting. Answers leave by the other."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from lamplighter_agent.service.worker_messages import Prompt
 logger = logging.getLogger(__name__)
 
 _LEFT_RETRY_S: Final = 1.0
+_BUSY: Final = 429
 
 
 class MqttPrompts:
@@ -36,17 +37,23 @@ class MqttPrompts:
         config: The whole configuration.
         requests: Takes prompts.
         topics: Of this device.
-        changed: Called when the connection comes or goes.
+        answers: The connection by which answers leave; prompts wait at the broker while too many do.
+        changed: Called when the connection of prompts comes or goes.
 
     Attributes:
-        connection: That of prompts and answers.
+        connection: That by which prompts come.
 
     Raises:
         ConfigError: If the password or a TLS file cannot be read.
     """
 
     def __init__(
-        self, config: AgentConfig, requests: RequestQueue, topics: Topics, changed: Callable[[], None]
+        self,
+        config: AgentConfig,
+        requests: RequestQueue,
+        topics: Topics,
+        answers: MqttConnection,
+        changed: Callable[[], None],
     ) -> None:
         self._config = config
         self._requests = requests
@@ -63,11 +70,18 @@ class MqttPrompts:
             Subscription(topics.device("cancel"), 0, stored=False),
             *(Subscription(shared, 1) for shared in groups.values()),
         ]
-        handlers = MqttHandlers(lambda _number: None, lambda _number: changed(), lambda _reason: changed(), self.take)
+        handlers = MqttHandlers(
+            will=lambda _number: None,
+            connected=lambda _number: changed(),
+            disconnected=lambda _reason: changed(),
+            message=self.take,
+            braked=lambda: answers.crowded,
+        )
         self.connection = MqttConnection(
             config.mqtt, f"lamplighter-{config.device.id}-prompts", subscriptions, handlers
         )
-        self._replies = Replies(self.connection, topics)
+        self._answers = answers
+        self._replies = Replies(answers, topics)
 
     async def stop(self, timeout_s: float) -> None:
         """Disconnect; answers under way must be over before."""
@@ -91,7 +105,10 @@ class MqttPrompts:
             else:
                 handler(message)
         except LamplighterError as error:
-            logger.info("refused a message on %s: %s", message.topic, error.message)
+            # A flood would fill the journal with what the counters tell.
+            busy = isinstance(error, RequestError) and error.code == _BUSY
+            level = logging.DEBUG if busy else logging.INFO
+            logger.log(level, "refused a message on %s: %s", message.topic, error.message)
             self._replies.refuse(message, error)
 
     def _leave(self, topic: str) -> None:
@@ -133,7 +150,7 @@ class MqttPrompts:
 
     def _answer_again(self, request_id: str, back: Return) -> None:
         """A known request came again: an answer that left by an earlier connection may be lost, and is sent again."""
-        payload = self._memory.lost(back.topic, request_id, self.connection.connections)
+        payload = self._memory.lost(back.topic, request_id, self._answers.connections)
         if payload is None:
             logger.info("ignored request %s: it is known already", request_id)
         else:
@@ -188,7 +205,7 @@ class MqttPrompts:
     def _end(self, ticket: Ticket, back: Return, payload: bytes) -> None:
         request = ticket.request
         if request.idempotent:
-            connection = self.connection.connections if self.connection.connected else 0
+            connection = self._answers.connections if self._answers.connected else 0
             until_s = ticket.arrived_s + (request.deadline_s or self._config.requests.default_deadline_s)
             self._memory.keep(back.topic, request.id, payload, connection, until_s)
         self._replies.send(back, payload, qos=1)

@@ -18,16 +18,18 @@ class Replies:
     Args:
         connection: What they leave by.
         topics: Of this device.
+        urgent: Whether they leave before other answers.
     """
 
-    def __init__(self, connection: MqttConnection, topics: Topics) -> None:
+    def __init__(self, connection: MqttConnection, topics: Topics, *, urgent: bool = False) -> None:
         self._connection = connection
         self._topics = topics
+        self._urgent = urgent
 
     def send(self, back: Return, payload: bytes, *, qos: int = 1) -> None:
         """Send an answer."""
         self._connection.publish(
-            Outgoing(topic=back.topic, payload=payload, qos=qos, correlation=back.correlation_data)
+            Outgoing(topic=back.topic, payload=payload, qos=qos, correlation=back.correlation_data, urgent=self._urgent)
         )
 
     def way(self, message: Incoming, reply_to: str | None, correlation: str | None) -> Return:

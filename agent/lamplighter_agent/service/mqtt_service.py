@@ -70,8 +70,8 @@ class MqttService:
         ]
         handlers = MqttHandlers(self._will, self._on_connected, self._on_disconnected, self._on_message)
         self.connection = MqttConnection(config.mqtt, f"lamplighter-{config.device.id}", subscriptions, handlers)
-        self.prompts = MqttPrompts(config, requests, self._topics, self._show_presence)
-        self._replies = Replies(self.connection, self._topics)
+        self.prompts = MqttPrompts(config, requests, self._topics, self.connection, self._show_presence)
+        self._replies = Replies(self.connection, self._topics, urgent=True)
 
     @property
     def is_connected(self) -> bool:
@@ -129,7 +129,7 @@ class MqttService:
 
     def _publish(self, leaf: str, payload: bytes, *, qos: int, retain: bool = False) -> bool:
         topic = f"{self._topics.prefix}/device/{self._topics.device_id}/{leaf}"
-        return self.connection.publish(Outgoing(topic=topic, payload=payload, qos=qos, retain=retain))
+        return self.connection.publish(Outgoing(topic=topic, payload=payload, qos=qos, retain=retain, urgent=True))
 
     def _publish_status(self, state: str, reason: str | None = None) -> None:
         if not self.connection.connected:

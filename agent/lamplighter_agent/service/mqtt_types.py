@@ -27,7 +27,11 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
-    """A message to the broker; ``correlation`` and ``expiry_s`` are left out with 3.1.1."""
+    """A message to the broker; ``correlation`` and ``expiry_s`` are left out with 3.1.1.
+
+    Attributes:
+        urgent: Leaves before whatever waits and is not.
+    """
 
     topic: str
     payload: bytes
@@ -35,6 +39,7 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
     retain: bool = False
     correlation: bytes | None = None
     expiry_s: int | None = None
+    urgent: bool = False
 
 
 class Subscription(NamedTuple):
@@ -61,9 +66,12 @@ class MqttHandlers(NamedTuple):
         connected: The connection number n is up and subscribed.
         disconnected: It is down; the argument says why.
         message: A message came.
+        braked: True while nothing should be read; only for a connection that sends nothing. Called in the network
+            thread.
     """
 
     will: Callable[[int], Will | None]
     connected: Callable[[int], None]
     disconnected: Callable[[str], None]
     message: Callable[[Incoming], None]
+    braked: Callable[[], bool] = lambda: False

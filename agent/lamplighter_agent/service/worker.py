@@ -61,6 +61,7 @@ DEFAULT_ENGINE: Final = "lamplighter_agent.service.worker_engine:load"
 _ANSWER_TIMEOUT_S: Final = 30.0
 _KILL_WAIT_S: Final = 5.0
 _STALL_CHECKS: Final = 4
+_OOM_SCORE_ADJUSTMENT: Final = "500"
 
 WorkerState = Literal["new", "starting", "ready", "stopping", "ended"]
 _Answer = TextDelta | Finished | Failed | Refused | Tokens | Text | Stats
@@ -259,6 +260,7 @@ class EngineWorker:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # a Ctrl-C in a terminal is the agent's to handle
             )
+            _offer_to_the_kernel(self._process.pid)
         except OSError as error:
             ours.close()
             raise WorkerError(f"the engine worker cannot be started: {error}") from error
@@ -393,6 +395,14 @@ class EngineWorker:
             await self._writer.drain()
         except ConnectionError:
             return  # the reading side sees the same end and tells everyone why
+
+
+def _offer_to_the_kernel(pid: int) -> None:
+    """Let the engine be the first to go when memory runs out, from its first moment: small, it would not be chosen."""
+    try:
+        Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT, encoding="ascii")
+    except OSError as error:
+        logger.warning("the kernel may end the agent before the engine when memory runs out: %s", error)
 
 
 async def _read(reader: asyncio.StreamReader) -> Event:

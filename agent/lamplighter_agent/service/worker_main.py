@@ -59,7 +59,6 @@ DEFAULT_ENGINE = "lamplighter_agent.service.worker_engine:load"
 _ALIVE_INTERVAL_S = 1.0
 _IDLE_TICK_S = 5.0
 _READ_BYTES = 64 * 1024
-_OOM_SCORE_ADJUSTMENT = "500"
 
 
 class ServedEngine(Protocol):
@@ -278,14 +277,6 @@ def _memory(field: str) -> int:
     return 0
 
 
-def _offer_to_the_kernel() -> None:
-    """Be the first to go when memory runs out: with a small model the agent's process may be as large as this one."""
-    try:
-        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT, encoding="ascii")
-    except OSError as error:
-        logger.warning("the kernel may end the agent before the engine when memory runs out: %s", error)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the worker on an inherited socket."""
     parser = argparse.ArgumentParser(prog="lamplighter-worker")
@@ -293,7 +284,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--engine", default=DEFAULT_ENGINE, help="module:function that loads the engine")
     parser.add_argument("--log-level", type=int, default=logging.INFO)
     options = parser.parse_args(arguments)
-    _offer_to_the_kernel()
     logging.basicConfig(level=options.log_level, format="%(levelname)s worker: %(name)s: %(message)s")
     module, _, function = options.engine.partition(":")
     load = vars(importlib.import_module(module))[function]
