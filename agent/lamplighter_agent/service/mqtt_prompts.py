@@ -1,4 +1,4 @@
-"""Prompts on MQTT, by a connection of their own: a flood of them keeps no command waiting. Answers leave by the other."""
+"""Prompts on MQTT: they come by a connection of their own, so that a flood keeps no command waiting."""
 
 from __future__ import annotations
 
