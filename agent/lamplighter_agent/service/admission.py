@@ -175,7 +175,7 @@ class RequestQueue:
             if self._refusal is not None:
                 raise self._refusal
             request.params.validate()
-            self._check_model(request.model)
+            self.check_model(request.model)
             if request.idempotent and self._is_known(request):
                 return None
             self._check_rate(request.client or request.sender)
@@ -322,7 +322,12 @@ class RequestQueue:
         slots = self._worker.ready.slots if self._worker is not None and self._worker.ready is not None else 1
         return min(_MOST_RETRY_AFTER_S, max(_RETRY_AFTER_S, self._mean_s / slots))
 
-    def _check_model(self, model: str | None) -> None:
+    def check_model(self, model: str | None) -> None:
+        """Check that the package in use is the one that is asked for.
+
+        Raises:
+            RequestError: 404 if it is another one.
+        """
         if self._worker is None or self._worker.ready is None or model in {None, DEFAULT_MODEL}:
             return
         package = self._worker.ready.package

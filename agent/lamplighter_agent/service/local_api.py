@@ -16,7 +16,7 @@ from lamplighter_agent.errors import ServiceError
 from lamplighter_agent.service import unix_socket
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.credentials import read_token
-from lamplighter_agent.service.local_api_gate import Gate
+from lamplighter_agent.service.local_api_gate import MAX_HEADER_BYTES, Gate
 from lamplighter_agent.service.local_api_protocol import BoundedProtocol
 from lamplighter_agent.service.local_api_routes import Facts, Routes
 
@@ -24,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S: Final = 5
 _BACKLOG: Final = 64
-_MAX_HEADER_BYTES: Final = 16 * 1024
 _STOP_TIMEOUT_S: Final = 5
 
 
@@ -62,7 +61,7 @@ class LocalApi:
             http=BoundedProtocol,
             ws="none",
             timeout_keep_alive=_KEEP_ALIVE_S,
-            h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         )
         self._protocol.load()
 

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _OPEN_PATHS: Final = frozenset({"/", "/health"})
 _RETRY_AFTER_S: Final = "2"
+MAX_HEADER_BYTES: Final = 16 * 1024
 
 
 class Gate:
@@ -48,6 +49,8 @@ class Gate:
         assert client is not None
         if request.method == "POST":
             logger.info("%s %s by %s, pid %d", request.method, request.url.path[:100], client.host, client.port)
+        if refusal := _bad_header(request):
+            return refusal
         if self._connections() > self._max_connections:
             return _refused(503, "too many connections are open", "server_error", {"Retry-After": _RETRY_AFTER_S})
         if client.host == TCP_CLIENT and request.url.path not in _OPEN_PATHS and not self._shows_token(request):
@@ -58,6 +61,15 @@ class Gate:
         kind, _, shown = request.headers.get("authorization", "").partition(" ")
         expected = self._token or ""
         return kind.lower() == "bearer" and bool(expected) and hmac.compare_digest(shown.encode(), expected.encode())
+
+
+def _bad_header(request: Request) -> Response | None:
+    """Refuse what the protocol lets through: a large header that came in one piece, and a body of two lengths."""
+    if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEADER_BYTES:
+        return _refused(431, f"the header has more than {MAX_HEADER_BYTES} bytes", "invalid_request_error", {})
+    if "content-length" in request.headers and "transfer-encoding" in request.headers:
+        return _refused(400, "give Content-Length or Transfer-Encoding, not both", "invalid_request_error", {})
+    return None
 
 
 def _refused(status: int, message: str, kind: str, headers: dict[str, str]) -> Response:

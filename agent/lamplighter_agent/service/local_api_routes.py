@@ -186,11 +186,13 @@ class Routes:
 
     async def _tokenize(self, request: Request) -> Response:
         body = decode_body(await self._read(request), TokenizeRequest)
+        self._requests.check_model(body.model)
         tokens = await self._worker().tokenize(body.to_prompt())
         return _json({"tokens": tokens, "count": len(tokens)})
 
     async def _detokenize(self, request: Request) -> Response:
         body = decode_body(await self._read(request), DetokenizeRequest)
+        self._requests.check_model(body.model)
         return _json({"prompt": await self._worker().detokenize(body.tokens)})
 
     def _worker(self) -> EngineWorker:

@@ -204,6 +204,17 @@ EVENTS: Final[msgspec.msgpack.Decoder[Event]] = msgspec.msgpack.Decoder(
 )
 
 
+def _too_large_for(message: Command | Event) -> str | None:
+    """Return the option of a request whose number is too large for a frame, or None if none is."""
+    if isinstance(message, Generate):
+        for name, value in msgspec.structs.asdict(message.params).items():
+            try:
+                msgspec.msgpack.encode(value)
+            except OverflowError:
+                return name
+    return None
+
+
 def encode_frame(message: Command | Event) -> bytes:
     """Return the message as one frame.
 
@@ -214,7 +225,8 @@ def encode_frame(message: Command | Event) -> bytes:
     try:
         body = msgspec.msgpack.encode(message)
     except OverflowError as error:
-        raise RequestError("the request holds a number of more than 64 bits") from error
+        field = _too_large_for(message)
+        raise RequestError("the request holds a number of more than 64 bits", param=field) from error
     if len(body) > MAX_FRAME_BYTES:
         raise WorkerError(f"a {type(message).__name__} message of {len(body)} bytes does not fit into a frame")
     return _HEADER.pack(len(body)) + body

@@ -181,3 +181,49 @@ def test_a_tcp_port_in_use_is_a_service_error(socket_path: Path) -> None:
         )
         with pytest.raises(ServiceError, match="cannot listen on the loopback's port"), running_api(config, None):
             pass
+
+
+def answer_to(path: Path, request: bytes) -> bytes:
+    """Return all that comes back until the agent closes."""
+    with connected(path) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_a_large_header_that_comes_in_one_piece_is_refused(api: ApiBox, socket_path: Path) -> None:
+    answer = answer_to(socket_path, b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20_000 + b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"Content-Length: 6\r\nTransfer-Encoding: chunked",
+        b"Content-Length: 6\r\nContent-Length: 7",
+        b"Content-Length: -1",
+        b"Content-Length: 1e3",
+        b"Transfer-Encoding: gzip",
+    ],
+)
+def test_a_body_whose_length_is_in_doubt_is_refused(api: ApiBox, socket_path: Path, header: bytes) -> None:
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+    assert answer_to(socket_path, request).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("size", [b"zz", b"-5"])
+def test_a_chunk_without_a_size_ends_the_request(api: ApiBox, socket_path: Path, size: bytes) -> None:
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\nx\r\n"
+    assert b"400 Bad Request" in answer_to(socket_path, request)
+
+
+def test_another_model_is_not_tokenized_for(api: ApiBox, socket_path: Path) -> None:
+    with client_of(socket_path) as http:
+        for path, body in (("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [104]})):
+            assert http.post(path, json={**body, "model": "other"}).status_code == 404
+            assert http.post(path, json={**body, "model": "default"}).status_code == 200
+
+
+def test_a_number_of_more_than_64_bits_is_named(api: ApiBox, socket_path: Path) -> None:
+    with client_of(socket_path) as http:
+        answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": int("9" * 400)})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
