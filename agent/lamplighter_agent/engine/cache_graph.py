@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lamplighter_agent.engine.protobuf import edit_fields, encode_bytes, encode_number, read_fields
+from lamplighter_agent.engine.protobuf_nodes import FLOAT, INT8, initializer, number_attribute, value_info
+from lamplighter_agent.engine.unpacked_prompts import INPUTS, PromptGraph, newer_opset
 from lamplighter_agent.errors import IncompatiblePackageError
 from lamplighter_agent.package.manifest import CacheScales, ModelFacts
 
@@ -22,6 +24,7 @@ ScaleArray = NDArray[np.float32]
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH: Final = 7
+_MODEL_OPSET_IMPORT: Final = 8
 _GRAPH_NODE: Final = 1
 _GRAPH_INITIALIZER: Final = 5
 _GRAPH_INPUT: Final = 11
@@ -30,21 +33,13 @@ _NODE_INPUT: Final = 1
 _NODE_OP_TYPE: Final = 4
 _NODE_ATTRIBUTE: Final = 5
 _ATTRIBUTE_NAME: Final = 1
-_ATTRIBUTE_NUMBER: Final = 3
 _ATTRIBUTE_TEXT: Final = 4
 _ATTRIBUTE_TYPE: Final = 20
-_TYPE_NUMBER: Final = 2
 _TYPE_TEXT: Final = 3
 _VALUE_NAME: Final = 1
 _VALUE_TYPE: Final = 2
 _TYPE_TENSOR: Final = 1
 _TENSOR_ELEMENT: Final = 1
-_INITIALIZER_DIMS: Final = 1
-_INITIALIZER_TYPE: Final = 2
-_INITIALIZER_NAME: Final = 8
-_INITIALIZER_DATA: Final = 9
-_FLOAT: Final = 1
-_INT8: Final = 3
 
 _OPERATOR: Final = b"GroupQueryAttention"
 _PAST_KEY: Final = 3
@@ -70,6 +65,7 @@ def with_cache(
     *,
     scales: list[tuple[ScaleArray, ScaleArray]] | None = None,
     windowed: tuple[int, ...] = (),
+    prompts: PromptGraph | None = None,
 ) -> bytes:
     """Return a serialized ``ModelProto`` whose cache is another one.
 
@@ -78,6 +74,7 @@ def with_cache(
         layers: Number of decoder layers.
         scales: Scales of each layer's keys and values, float32 [heads, head_dim], for int8; None for float32.
         windowed: Layers whose buffers are smaller than the context.
+        prompts: Computes prompts from unpacked keys and values, with ``scales``; None: as decode steps do.
 
     Raises:
         PackageError: If the bytes are no model.
@@ -91,19 +88,30 @@ def with_cache(
             return bytes(node)
         found.append(layer)
         edited = bytes(node) if scales is None else _quantized(node, layer)
+        if prompts is not None:
+            edited = prompts.choice(node, edited, layer)
         return _with_window(edited) if layer in windowed else edited
 
     def edit_graph(graph: memoryview) -> bytes:
         if scales is None:
             return edit_fields(graph, {_GRAPH_NODE: edit_node})
         edits = {_GRAPH_NODE: edit_node, _GRAPH_INPUT: _edit_value, _GRAPH_OUTPUT: _edit_value}
-        return edit_fields(graph, edits) + b"".join(
-            _initializer(_scale_name(layer, kind), scale)
+        added = [
+            encode_bytes(
+                _GRAPH_INITIALIZER,
+                initializer(_scale_name(layer, kind).decode(), FLOAT, [scale.size], scale.astype("<f4").tobytes()),
+            )
             for layer, pair in enumerate(scales)
             for kind, scale in zip(("key", "value"), pair, strict=True)
-        )
+        ]
+        if prompts is not None:
+            added += [encode_bytes(_GRAPH_INITIALIZER, constant) for constant in prompts.initializers(scales)]
+            added += [encode_bytes(_GRAPH_INPUT, value_info(*given)) for given in INPUTS.items()]
+        return edit_fields(graph, edits) + b"".join(added)
 
-    edited = edit_fields(model, {_MODEL_GRAPH: edit_graph})
+    edited = edit_fields(
+        model, {_MODEL_GRAPH: edit_graph} | ({} if prompts is None else {_MODEL_OPSET_IMPORT: newer_opset})
+    )
     if sorted(found) != list(range(layers)):
         raise IncompatiblePackageError(
             f"the graph has {len(found)} attention layers with a cache of their own, but the manifest has {layers}",
@@ -118,7 +126,7 @@ def _with_window(node: bytes) -> bytes:
         for field in read_fields(memoryview(node))
         if field.number != _NODE_ATTRIBUTE or _name(field.content) != _WINDOWED
     ]
-    return b"".join([*kept, _number_attribute(_WINDOWED, 1)])
+    return b"".join([*kept, number_attribute(_WINDOWED.decode(), 1)])
 
 
 def _cache_layer(node: memoryview) -> int | None:
@@ -146,7 +154,7 @@ def _quantized(node: memoryview, layer: int) -> bytes:
     inputs += [b""] * (_SCALES + 2 - len(inputs))
     inputs[_SCALES : _SCALES + 2] = [_scale_name(layer, "key"), _scale_name(layer, "value")]
     attributes = [_text_attribute(name, b"PER_CHANNEL") for name in _ATTRIBUTES[:2]]
-    attributes.append(_number_attribute(_ATTRIBUTES[2], 8))
+    attributes.append(number_attribute(_ATTRIBUTES[2].decode(), 8))
     return b"".join([*(encode_bytes(_NODE_INPUT, name) for name in inputs), *others, *attributes])
 
 
@@ -157,7 +165,7 @@ def _edit_value(value: memoryview) -> bytes:
 
     def edit_tensor(tensor: memoryview) -> bytes:
         kept = b"".join(bytes(field.raw) for field in read_fields(tensor) if field.number != _TENSOR_ELEMENT)
-        return encode_number(_TENSOR_ELEMENT, _INT8) + kept
+        return encode_number(_TENSOR_ELEMENT, INT8) + kept
 
     return edit_fields(value, {_VALUE_TYPE: lambda kind: edit_fields(kind, {_TYPE_TENSOR: edit_tensor})})
 
@@ -177,18 +185,3 @@ def _scale_name(layer: int, kind: str) -> bytes:
 def _text_attribute(name: bytes, text: bytes) -> bytes:
     content = encode_bytes(_ATTRIBUTE_NAME, name) + encode_bytes(_ATTRIBUTE_TEXT, text)
     return encode_bytes(_NODE_ATTRIBUTE, content + encode_number(_ATTRIBUTE_TYPE, _TYPE_TEXT))
-
-
-def _number_attribute(name: bytes, number: int) -> bytes:
-    content = encode_bytes(_ATTRIBUTE_NAME, name) + encode_number(_ATTRIBUTE_NUMBER, number)
-    return encode_bytes(_NODE_ATTRIBUTE, content + encode_number(_ATTRIBUTE_TYPE, _TYPE_NUMBER))
-
-
-def _initializer(name: bytes, scale: ScaleArray) -> bytes:
-    return encode_bytes(
-        _GRAPH_INITIALIZER,
-        encode_number(_INITIALIZER_DIMS, scale.size)
-        + encode_number(_INITIALIZER_TYPE, _FLOAT)
-        + encode_bytes(_INITIALIZER_NAME, name)
-        + encode_bytes(_INITIALIZER_DATA, scale.astype("<f4").tobytes()),
-    )

@@ -82,7 +82,13 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
     check_target(manifest)
     plan = plan_memory(manifest, read_machine_memory(), options)
     threads = options.threads or physical_cores()
-    open_model = partial(ModelSession, manifest=manifest, threads=threads, cache=cache_spec(manifest, plan))
+    open_model = partial(
+        ModelSession,
+        manifest=manifest,
+        threads=threads,
+        cache=cache_spec(manifest, plan),
+        unpack=plan.unpacked_bytes > 0,
+    )
     copy = None if prepared_root is None else _find_copy(package, prepared_root)
     prompts_copy, plan = _find_prompts(package, copy, plan) if copy and options.prompt_weights else (None, plan)
     with ThreadPoolExecutor(2, "open-model") as executor:
@@ -105,6 +111,8 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
         prompts, plan = None, msgspec.structs.replace(plan, prompt_weights_bytes=0)
     if session is None:
         session = _open_built(package, open_model)
+    if not (prompts or session).unpacks:
+        plan = msgspec.structs.replace(plan, unpacked_bytes=0)
     return OpenedPackage(manifest, tokenizer, session, prompts, plan, threads, prepared)
 
 
@@ -161,7 +169,8 @@ def open_prefix_files(package: Path, root: Path, manifest: Manifest, plan: Memor
     key, spec = prepared_key(package), cache_spec(manifest, plan)
     return PrefixFiles(
         root,
-        f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec} {plan.prompt_weights_bytes > 0}",
+        f"{key.manifest_sha256} {key.cpu} {key.onnxruntime} {spec} {plan.prompt_weights_bytes > 0} "
+        f"{plan.unpacked_bytes > 0}",
         spec,
         vocab_size=manifest.model.vocab_size,
         max_bytes=max_bytes,

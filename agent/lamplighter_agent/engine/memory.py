@@ -48,6 +48,9 @@ _PREFIX_CACHE_SHARE: Final = 4
 _HEADROOM_SHARE: Final = 16
 _MIN_HEADROOM_BYTES: Final = 8 * MIB
 
+_UNPACKED_ELEMENT_BYTES: Final = 24
+"""For an element of keys and one of values: codes, both as float32, and what the kernel makes of them."""
+
 
 class MachineMemory(msgspec.Struct, frozen=True, kw_only=True):
     """What the machine has to give, in bytes.
@@ -84,6 +87,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         kv_window_bytes: What windowed layers hold at most, all slots together, if their buffers are smaller than the
             context (``windows``); ``kv_bytes_per_token`` is then that of the other layers. 0 if they are not.
         prompt_weights_bytes: The weights once more, as prompts are computed fastest (``prompt_copy``); 0 without.
+        unpacked_bytes: One layer's keys and values as float32, for prompts on an int8 cache (``unpacked_prompts``);
+            0: they are computed from the codes, which takes longer.
         guidance_bytes: Kept for the grammar engine, which the first constrained request loads; 0: such are refused.
     """
 
@@ -101,6 +106,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_dtype: CacheDtype = "float32"
     kv_window_bytes: int = 0
     prompt_weights_bytes: int = 0
+    unpacked_bytes: int = 0
     guidance_bytes: int = 0
 
     @property
@@ -112,7 +118,8 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     def total_bytes(self) -> int:
         """Most that the engine will hold, headroom not counted."""
         weights_bytes = self.weights_bytes + self.prompt_weights_bytes
-        fixed = self.runtime_bytes + weights_bytes + self.scratch_bytes + self.guidance_bytes
+        moment = self.scratch_bytes + self.unpacked_bytes
+        fixed = self.runtime_bytes + weights_bytes + moment + self.guidance_bytes
         return fixed + self.kv_bytes + self.prefix_cache_bytes
 
 
@@ -156,7 +163,7 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
     context = min(wanted, cache.tokens)
     if options.slots is None and cache.windowed_slots is None:
         slots = max(1, min(slots, cache.tokens // min(MIN_USEFUL_CONTEXT_TOKENS, context)))
-    return MemoryPlan(
+    plan = MemoryPlan(
         budget_bytes=budget,
         runtime_bytes=runtime,
         weights_bytes=manifest.memory.weights_bytes,
@@ -172,6 +179,7 @@ def plan_memory(manifest: Manifest, machine: MachineMemory, options: EngineOptio
         kv_window_bytes=cache.window_bytes,
         guidance_bytes=guidance,
     )
+    return _with_unpacked_prompts(plan, model)
 
 
 def with_prompt_weights(plan: MemoryPlan, weights_bytes: int) -> MemoryPlan:
@@ -229,7 +237,7 @@ class _Cache(NamedTuple):
 def _choose_cache(manifest: Manifest, options: EngineOptions, free: int, *, smallest: int, wanted: int) -> _Cache:
     """Return the float32 cache if ``free`` bytes give it a good context, else the int8 one where it holds more.
 
-    int8 is as fast in decoding, but slower in prefill and not as exact, so it is no default.
+    int8 is not as exact, and drafts need float32, so it is no default.
     """
     dtypes: tuple[CacheDtype, ...] = ("float32",) if manifest.cache_scales is None else ("float32", "int8")
     if options.kv_cache_dtype is not None:
@@ -272,6 +280,17 @@ def _windowed_cache(
         if longer and tokens >= min(whole.tokens, slots * wanted):
             return _Cache(whole.dtype, per_token, tokens, whole.prefix_bytes, slots * window_bytes, slots)
     return None
+
+
+def _with_unpacked_prompts(plan: MemoryPlan, model: ModelFacts) -> MemoryPlan:
+    """Return the plan with room to unpack a layer of an int8 cache for prompts, if the budget holds that as well."""
+    if plan.kv_cache_dtype != "int8" or plan.kv_window_bytes:
+        return plan
+    elements = model.num_key_value_heads * model.head_dim * plan.max_context_tokens
+    unpacked = elements * _UNPACKED_ELEMENT_BYTES
+    if plan.total_bytes + plan.headroom_bytes + unpacked > plan.budget_bytes:
+        return plan
+    return msgspec.structs.replace(plan, unpacked_bytes=unpacked)
 
 
 def _prefix_cache_bytes(options: EngineOptions, free: int, kv_bytes: int) -> int:

@@ -99,6 +99,11 @@ class ModelRunner:
         rows: FloatArray = hidden[0]
         return rows
 
+    @property
+    def unpacks(self) -> bool:
+        """True if prompts on an int8 cache are computed from unpacked keys and values."""
+        return self._prompts.unpacks
+
     def _prefill(self, slot: int, tokens: list[int], start: int) -> FloatArray:
         """Append tokens and return at least the logits behind those from ``start`` on."""
         case = slot, len(tokens) > 1
@@ -122,6 +127,8 @@ class ModelRunner:
         )
         binding.set_rope_tokens(np.array([self.cache.rope_tokens(slot)], dtype=np.int64))
         binding.set_logits(logits, start=start)
+        if count > 1 and self.unpacks:
+            binding.set_piece(past, count)
         binding.run()
         self.cache.advance(slot, tokens)
         found: FloatArray = logits[0]

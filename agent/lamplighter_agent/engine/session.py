@@ -17,6 +17,7 @@ from lamplighter_agent.engine.cache_graph import cache_scales, with_cache
 from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.graph_io import GraphIO, TensorInfo, check_graph_io, read_operator_domains
 from lamplighter_agent.engine.kv_cache import CacheArray
+from lamplighter_agent.engine.unpacked_prompts import END, INPUTS, MANY, NOTHING, PAST, POSITIONS, prompt_graph
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
 from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import Manifest
@@ -85,9 +86,11 @@ class ModelSession:
         threads: Compute threads.
         cache: The cache that it will be bound to; one of int8, or with windowed layers, edits the graph as it is
             loaded. None for float32 and whole contexts.
+        unpack: Compute prompts on an int8 cache from unpacked keys and values, where the graph allows it.
 
     Attributes:
         io: Which optional inputs the graph has.
+        unpacks: True if prompts are computed so.
 
     Raises:
         PackageError: If onnxruntime cannot read the model or its weights.
@@ -95,14 +98,24 @@ class ModelSession:
         EngineError: If memory runs out.
     """
 
-    def __init__(self, model_path: Path, manifest: Manifest, *, threads: int, cache: CacheSpec | None = None) -> None:
+    def __init__(
+        self,
+        model_path: Path,
+        manifest: Manifest,
+        *,
+        threads: int,
+        cache: CacheSpec | None = None,
+        unpack: bool = False,
+    ) -> None:
         options = session_options(threads)
         cache = CacheSpec.from_model(manifest.model) if cache is None else cache
         plain = cache.dtype == "float32" and cache.windowed is None
-        edited = None if plain else _with_cache(model_path, manifest, cache, options)
+        unpack = unpack and cache.dtype == "int8" and cache.windowed is None
+        edited, self.unpacks = (None, False) if plain else _with_cache(model_path, manifest, cache, options, unpack)
         self._runtime = _open(model_path, options, edited)
+        own = frozenset(INPUTS if self.unpacks else ())
         self.io: GraphIO = check_graph_io(
-            inputs=_tensor_infos(self._runtime.get_inputs()),
+            inputs=[info for info in _tensor_infos(self._runtime.get_inputs()) if info.name not in own],
             overridable=_tensor_infos(self._runtime.get_overridable_initializers()),
             outputs=_tensor_infos(self._runtime.get_outputs()),
             model=manifest.model,
@@ -111,7 +124,11 @@ class ModelSession:
 
     def bind(self, cache_rows: tuple[CacheArray, ...]) -> Binding:
         """Return a binding whose past and present are these rows of the cache (see ``KVCache.buffers``)."""
-        return Binding(self._runtime, self.io, cache_rows)
+        binding = Binding(self._runtime, self.io, cache_rows)
+        if self.unpacks:
+            _, heads, _, head_dim = cache_rows[0].shape
+            binding.prepare_pieces(heads * head_dim)
+        return binding
 
 
 class Binding:
@@ -140,15 +157,27 @@ class Binding:
 
         ``position_ids`` is dropped where the graph derives positions from the mask.
         """
-        self._bind_input("input_ids", input_ids)
-        self._bind_input("attention_mask", attention_mask)
+        self._bind_array("input_ids", input_ids)
+        self._bind_array("attention_mask", attention_mask)
         if self._io.has_position_ids:
-            self._bind_input("position_ids", position_ids)
+            self._bind_array("position_ids", position_ids)
 
     def set_rope_tokens(self, rope_tokens: IntArray) -> None:
         """Bind int64 [batch]: the planned tokens of each row (``KVCache.rope_tokens``); dropped without LongRoPE."""
         if self._io.has_rope_tokens:
-            self._bind_input("rope_tokens", rope_tokens)
+            self._bind_array("rope_tokens", rope_tokens)
+
+    def prepare_pieces(self, kv_width: int) -> None:
+        """Make this binding one for decode steps, and ``set_piece`` possible: a session that ``unpacks`` needs it."""
+        self._bind_array(NOTHING, np.zeros((1, 0, kv_width), dtype=np.float32))
+        self.set_piece(0, 1)
+
+    def set_piece(self, past: int, tokens: int) -> None:
+        """Say of a session that ``unpacks`` which part of a prompt comes: ``tokens`` behind ``past`` of them."""
+        self._bind_array(MANY, np.array([tokens > 1]))
+        self._bind_array(PAST, np.array([past], dtype=np.int64))
+        self._bind_array(END, np.array([past + tokens], dtype=np.int64))
+        self._bind_array(POSITIONS, np.arange(past, past + tokens, dtype=np.int64).reshape(1, -1))
 
     def set_logits(self, logits: FloatArray, *, start: int) -> None:
         """Bind the output: float32 [batch, tokens - start, vocab_size], the rows of the tokens from ``start`` on.
@@ -157,7 +186,7 @@ class Binding:
         """
         if self._io.has_logits_start:
             # bind_cpu_input refuses overridable initializers; bind_ortvalue_input takes them.
-            self._bind_input("logits_start", np.array([start], dtype=np.int64))
+            self._bind_array("logits_start", np.array([start], dtype=np.int64))
         elif start != 0:
             raise ValueError("this graph has no logits_start: bind all rows")
         self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
@@ -177,7 +206,7 @@ class Binding:
         except _ORT_ERRORS as error:
             raise EngineError(f"onnxruntime failed in a step: {_first_line(error)}") from error
 
-    def _bind_input(self, name: str, array: IntArray) -> None:
+    def _bind_array(self, name: str, array: IntArray | FloatArray | NDArray[np.bool_]) -> None:
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
 
@@ -229,8 +258,13 @@ def save_prepacked(model_path: Path, directory: Path, *, threads: int, edited: b
         raise EngineError(f"onnxruntime {ort.__version__} wrote no prepacked copy of {model_path} into {directory}")
 
 
-def _with_cache(model_path: Path, manifest: Manifest, cache: CacheSpec, options: ort.SessionOptions) -> bytes:
-    """Return the edited graph, and let the runtime find its weights in the file beside ``model_path``."""
+def _with_cache(
+    model_path: Path, manifest: Manifest, cache: CacheSpec, options: ort.SessionOptions, unpack: bool
+) -> tuple[bytes, bool]:
+    """Return the edited graph, and let the runtime find its weights in the file beside ``model_path``.
+
+    The other value is True if it unpacks keys and values for prompts.
+    """
     scales = None
     if cache.dtype == "int8":
         if manifest.cache_scales is None:
@@ -242,7 +276,9 @@ def _with_cache(model_path: Path, manifest: Manifest, cache: CacheSpec, options:
         raise PackageError(f"{model_path}: cannot read the model: {error}") from error
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(model_path.parent))
     windowed = () if cache.windowed is None else cache.windowed.layers
-    return with_cache(memoryview(model), cache.layers, scales=scales, windowed=windowed)
+    prompts = prompt_graph(memoryview(model), cache.layers, cache.head_dim) if unpack else None
+    edited = with_cache(memoryview(model), cache.layers, scales=scales, windowed=windowed, prompts=prompts)
+    return edited, prompts is not None
 
 
 def _open(model_path: Path, options: ort.SessionOptions, edited: bytes | None = None) -> ort.InferenceSession:

@@ -88,6 +88,7 @@ def plan_text(plan: MemoryPlan) -> str:
         ("scratch", plan.scratch_bytes),
         (f"{plan.kv_cache_dtype} KV cache", plan.kv_bytes),
         ("prefix cache", plan.prefix_cache_bytes),
+        *((("unpacked keys", plan.unpacked_bytes),) if plan.unpacked_bytes else ()),
         *((("grammars", plan.guidance_bytes),) if plan.guidance_bytes else ()),
     )
     named = ", ".join(f"{name} {size / MIB:.0f}" for name, size in parts)

@@ -94,6 +94,15 @@ def test_what_the_process_holds_already_counts_as_its_own() -> None:
     assert plan.budget_bytes == 384 * MIB
 
 
+def test_prompts_on_an_int8_cache_are_unpacked_where_that_takes_nothing_from_the_caches() -> None:
+    coded = EngineOptions(kv_cache_dtype="int8")
+    large, small = (plan_memory(with_scales(), machine(size), coded) for size in (16 * GIB, 300 * MIB))
+    assert (large.unpacked_bytes, small.unpacked_bytes) == (24 * 3 * 64 * 4096, 0)
+    bare = msgspec.structs.replace(large, unpacked_bytes=0)
+    assert large.total_bytes == bare.total_bytes + large.unpacked_bytes
+    assert plan_memory(with_scales(), machine(16 * GIB), EngineOptions()).unpacked_bytes == 0
+
+
 def test_a_small_budget_takes_an_int8_cache_where_the_package_has_scales() -> None:
     exact = plan_memory(manifest(), machine(300 * MIB), EngineOptions())
     coded = plan_memory(with_scales(), machine(300 * MIB), EngineOptions())
