@@ -36,6 +36,7 @@ from lamplighter_agent.engine.session import ModelSession, check_operators, onnx
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.engine.windows import windowed_layers
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
+from lamplighter_agent.heap import map_large_blocks
 from lamplighter_agent.package.layout import MODEL_NAME
 from lamplighter_agent.package.manifest import Manifest, read_manifest
 
@@ -82,6 +83,8 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
     check_target(manifest)
     plan = plan_memory(manifest, read_machine_memory(), options)
     threads = options.threads or physical_cores()
+    if plan.unpacked_bytes:
+        map_large_blocks()
     open_model = partial(
         ModelSession,
         manifest=manifest,

@@ -127,7 +127,9 @@ class PromptGraph(NamedTuple):
         attributes = [raw for name, raw in node.attributes.items() if name not in _OWN]
         # Only with outputs for present keys and values does the operator take the kernel that needs little memory.
         outputs = [out, f"{out}.key", f"{out}.value"]
-        return [*written, encode_node(_OPERATOR, inputs, outputs, attributes, domain=_MICROSOFT)]
+        # … which nobody reads; what nobody reads would stay until the end of the step.
+        readers = [encode_node("Shape", [name], [f"{name}.shape"]) for name in outputs[1:]]
+        return [*written, encode_node(_OPERATOR, inputs, outputs, attributes, domain=_MICROSOFT), *readers]
 
     def _rotated(self, node: nodes.Node, layer: int) -> tuple[list[bytes], str, str, str]:
         """Return nodes that give the rotated queries, rotated keys and the values, and these names."""
