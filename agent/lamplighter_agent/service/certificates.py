@@ -10,6 +10,7 @@ from typing import Final
 from lamplighter_agent.errors import ConfigError
 
 _END: Final = "-----END CERTIFICATE-----"
+_RENEW: Final = "put the PEM file that the authority gave out in its place"
 _BEGIN: Final = "-----BEGIN CERTIFICATE-----"
 _EXPLICIT_VERSION: Final = 0xA0
 _SEQUENCE: Final = 0x30
@@ -26,16 +27,19 @@ def valid_until(path: Path) -> datetime:
     try:
         text = path.read_text(encoding="ascii", errors="replace")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}",
+            hint="put the certificate there; under systemd into /etc/lamplighter/credentials, named without a folder",
+        ) from error
     begin = text.find(_BEGIN)
     end = text.find(_END, begin)
     if begin < 0 or end < 0:
-        raise ConfigError(f"{path}: holds no PEM certificate")
+        raise ConfigError(f"{path}: holds no PEM certificate", hint=_RENEW)
     try:
         der = ssl.PEM_cert_to_DER_cert(text[begin : end + len(_END)])
         return _expiry(der)
     except (ValueError, IndexError) as error:
-        raise ConfigError(f"{path}: is not a certificate: {error}") from error
+        raise ConfigError(f"{path}: is not a certificate: {error}", hint=_RENEW) from error
 
 
 def _expiry(der: bytes) -> datetime:

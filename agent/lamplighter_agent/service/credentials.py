@@ -95,5 +95,8 @@ def tls_context(config: MqttConfig) -> ssl.SSLContext | None:
         if tls.cert_file is not None and tls.key_file is not None:
             context.load_cert_chain(secret_path(tls.cert_file), secret_path(tls.key_file))
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"mqtt.tls: the certificates cannot be loaded: {error}") from error
+        raise ConfigError(
+            f"mqtt.tls: the certificates cannot be loaded: {error}",
+            hint="its three files must be PEM that the agent may read, and the key the certificate's own",
+        ) from error
     return context

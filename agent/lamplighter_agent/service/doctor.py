@@ -42,6 +42,7 @@ _FAST_FLAGS: Final = {
     "x86_64": (("avx2",), ("avx512_vnni", "avx_vnni", "amx_int8")),
     "aarch64": (("asimd",), ("asimddp", "i8mm")),
 }
+_MEND: Final = "mend what the message names, then run doctor again"
 _EARLIEST_CLOCK: Final = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -91,9 +92,11 @@ class Doctor:
             try:
                 yield from check()
             except LamplighterError as error:
-                yield Finding(check=name, level="error", message=error.message, advice=error.hint)
-            except OSError as error:
+                yield Finding(check=name, level="error", message=error.message, advice=error.hint or _MEND)
+            except PermissionError as error:
                 yield _error(name, f"cannot be looked at: {error}", "run it as root")
+            except OSError as error:
+                yield _error(name, f"cannot be looked at: {error}", _MEND)
 
     def _cpu(self) -> Iterator[Finding]:
         machine = platform.machine()

@@ -85,18 +85,19 @@ class MqttConnection:
         self._stop_by_s = 0.0
         self._taken_over = False
         self._failure = ""
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
-        self._woken = False
-        self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
+        # It may raise: before there is a socket to close.
         self._client = make_client(config, client_id)
         self._client.on_connect = self._on_connect
         self._client.on_disconnect = self._on_disconnect
         self._client.on_message = self._on_message
         self._client.on_subscribe = self._on_subscribe
         self._client.on_publish = lambda _client, _data, mid, _code, _properties: self._unacknowledged.discard(mid)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._woken = False
+        self._thread = threading.Thread(target=self._run, name="mqtt-network", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Start connecting in the background, once; a broker that is away is tried again and again."""

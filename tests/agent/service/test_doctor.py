@@ -130,3 +130,11 @@ def test_the_box_itself(tmp_path: Path) -> None:
     assert found["runtime"].message.startswith("onnxruntime ")
     assert found["package"].message.startswith("none yet")
     assert all(finding.advice for finding in found.values() if finding.level != "ok")
+
+
+def test_every_error_about_a_box_without_its_files_says_what_to_do(tmp_path: Path) -> None:
+    none = tmp_path / "none.pem"
+    mqtt = MqttConfig(port=1, tls=TlsConfig(ca_file=none, cert_file=none, key_file=none))
+    found = examined(config_for(tmp_path, mqtt=mqtt), "certificates", "permissions", "broker")
+    assert {finding.check for finding in found} == {"certificates", "permissions", "broker"}
+    assert [finding for finding in found if finding.level != "error" or not finding.advice] == []
