@@ -45,7 +45,7 @@ class Reference:
     Args:
         checkpoint: The model, run in float32.
         windows: int64 [B, S]; each window is read by itself.
-        answers: What packages answered; each with at least one token.
+        answers: What packages answered, each with at least one token; none if only windows are compared.
         progress: Hears of the run.
 
     Attributes:
@@ -63,8 +63,10 @@ class Reference:
         self._model = StreamedModel(checkpoint)
         # Two runs, though each reads the weights: a layer's activations are the most that is held, and answers as wide
         # as windows would nearly double them.
-        progress.stage("fidelity: reference", 2 * self._model.layer_count)
-        behind_answers = self._run([answer.prompt + answer.tokens for answer in answers], progress)
+        progress.stage("fidelity: reference", (2 if answers else 1) * self._model.layer_count)
+        behind_answers: Sequence[torch.Tensor] = ()
+        if answers:
+            behind_answers = list(self._run([answer.prompt + answer.tokens for answer in answers], progress))
         self.choices = [self._choices(*pair) for pair in zip(answers, behind_answers, strict=True)]
         self._states = self._run(windows.tolist(), progress)
         self._model.forget_embedding()
