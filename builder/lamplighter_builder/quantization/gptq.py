@@ -26,7 +26,9 @@ _DAMPING: Final = 0.01
 _STRIDE: Final = 64
 """Features after which errors reach the rest of the row; in between they stay within the stride."""
 
-_MAX_SOLVE_ELEMENTS: Final = 8_000_000
+_MAX_SOLVE_ELEMENTS: Final = 32_000_000
+"""Numbers held at once while scales are solved for: the more rows, the seldomer is the whole Hessian read."""
+
 _MAX_RESCALE: Final = 4.0
 
 

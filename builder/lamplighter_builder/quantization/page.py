@@ -123,7 +123,8 @@ def _sizes(report: Report) -> str:
         f"{_svg(marks)}<p>Mean KL divergence, nats a token, by bytes of all matrices. "
         f'<span style="color:{_COLOURS[0]}">&#9679; expected of mixed formats</span> '
         f'<span style="color:{_COLOURS[1]}">&#9679; expected of one format for all matrices</span> '
-        f'<span style="color:{_TAKEN_COLOUR}">&#9679; this package, measured</span>'
+        f'<span style="color:{_TAKEN_COLOUR}">&#9679; this package, measured</span></p>'
+        "<p>Mixed formats keep the bound on the time of a decode step; one format for all matrices may break it.</p>"
     )
 
 
