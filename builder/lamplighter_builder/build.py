@@ -52,6 +52,7 @@ from lamplighter_builder.precision import (
     uniform_scheme,
 )
 from lamplighter_builder.progress import Progress
+from lamplighter_builder.quantization.calibration import TokenArray
 from lamplighter_builder.reference_config import reference_config
 from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weights import check_weights, write_weights
@@ -158,7 +159,8 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         memory = outline.memory(graph)
         examination = Examination()
         if runs_here(target, memory):
-            examination = examine_written(writer, checkpoint, outline, options, progress)
+            heard = None if calibrated is None else calibrated.windows
+            examination = examine_written(writer, checkpoint, outline, options, progress, heard)
         if examination.fidelity is not None:
             check_fidelity(examination.fidelity, options.max_kl)
             write_report(writer, f"{options.name}/{options.version}", examination.fidelity, calibrated)
@@ -258,9 +260,16 @@ def write_texts(writer: PackageWriter, checkpoint: Checkpoint, outline: Outline,
 
 
 def examine_written(
-    writer: PackageWriter, checkpoint: Checkpoint, outline: Outline, options: BuildOptions, progress: Progress
+    writer: PackageWriter,
+    checkpoint: Checkpoint,
+    outline: Outline,
+    options: BuildOptions,
+    progress: Progress,
+    heard: TokenArray | None,
 ) -> Examination:
     """Run the written model, and compare it with the checkpoint unless the options say otherwise.
+
+    ``heard`` are the windows of its calibration, or None.
 
     Raises:
         BuildError: If onnxruntime cannot load it.
@@ -272,6 +281,7 @@ def examine_written(
         outline.generation,
         outline.facts,
         outline.target,
+        heard,
     )
     windows = evaluation_windows(outline.tokenizer, None, outline.facts.max_position_embeddings)
 

@@ -137,12 +137,14 @@ class Calibrated:
         scheme: Their formats.
         matrices: What became of each.
         alternatives: Expected divergence at other sizes; empty where no size was asked for.
+        windows: The tokens that were listened to, int64 [windows, tokens].
     """
 
     weights: CalibratedWeights
     scheme: Scheme
     matrices: list[MatrixReport]
     alternatives: list[Alternative]
+    windows: TokenArray
 
 
 class Calibrator:
@@ -214,7 +216,8 @@ class Calibrator:
         by_source = {name: formats[matrix.path] for matrix in matrices for name in matrix.sources}
         errors = self.quantize(by_source, sensitivities, store)
         reports = [_report(matrix, formats[matrix.path], errors, self._checkpoint) for matrix in matrices]
-        return Calibrated(CalibratedWeights(self._checkpoint, store), scheme_of(formats), reports, alternatives)
+        weights = CalibratedWeights(self._checkpoint, store)
+        return Calibrated(weights, scheme_of(formats), reports, alternatives, self._tokens.numpy())
 
     def _check_heard(self, matrices: Sequence[PackedMatrix]) -> None:
         heard = {f"{path}.weight" for path in self._model.linear_layers} | {_EMBEDDING, _HEAD}

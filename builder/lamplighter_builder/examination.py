@@ -15,6 +15,7 @@ from lamplighter_builder.cache_scales import calibrate_cache, takes_8_bit_cache
 from lamplighter_builder.evaluation import Reference
 from lamplighter_builder.generation import PROMPTS, Answer, compare_answers, encode_prompt, generate_answers
 from lamplighter_builder.progress import Progress
+from lamplighter_builder.quantization.calibration import TokenArray
 from lamplighter_builder.runner import Runner
 from lamplighter_builder.self_test import load_runner, make_self_tests
 from lamplighter_builder.targets import GraphTarget
@@ -22,7 +23,10 @@ from lamplighter_builder.targets import GraphTarget
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A written model and what is known of it."""
+    """A written model and what is known of it.
+
+    ``windows`` are the tokens of its calibration, int64 [windows, tokens], or None where there was none.
+    """
 
     model: Path
     tokenizer: Tokenizer
@@ -30,6 +34,7 @@ class Subject:
     generation: GenerationDefaults
     facts: ModelFacts
     target: GraphTarget
+    windows: TokenArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ def examine(subject: Subject, open_reference: OpenReference | None, progress: Pr
     scales: CacheScales | None = None
     if subject.target.cache_dtype == "float32" and takes_8_bit_cache(facts):
         progress.stage("cache scales", 1)
-        scales = calibrate_cache(runner, subject.tokenizer, facts)
+        scales = calibrate_cache(runner, subject.tokenizer, facts, subject.windows)
         progress.advance(1)
     self_tests = make_self_tests(
         runner,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -16,15 +17,18 @@ from transformers import AutoModelForCausalLM
 
 from lamplighter_agent.errors import UnsupportedModelError
 from lamplighter_agent.package.manifest import Manifest, decode_manifest, read_manifest
+from lamplighter_builder.cache_scales import calibrate_cache
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.cli import main
 from lamplighter_builder.drafts import Drafts
+from lamplighter_builder.evaluation import Reference
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.precision import PrecisionName, choose_target, uniform_scheme
 from lamplighter_builder.progress import SilentProgress
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
 from lamplighter_builder.quantization.calibration import held_out_texts
 from lamplighter_builder.reference_tensors import read_reference_tensor
+from lamplighter_builder.runner import Runner
 from lamplighter_builder.streamed_model import StreamedModel
 from lamplighter_builder.weights import write_weights
 from support.families import FAMILIES, write_family_checkpoint
@@ -261,6 +265,27 @@ def test_text_that_fidelity_is_reported_on_is_no_calibration_text(
     text.write_text("Something else.\n" * 400 + "\n".join(held_out_texts()))
     assert build(tiny_checkpoint, tmp_path / "package", "--calibration", str(text)) == 3
     assert "leak.txt: holds text that builds report their fidelity on" in capsys.readouterr().err
+
+
+def test_scales_of_an_8_bit_cache_know_the_calibration(calibrated: Path, tiny_int4: Path) -> None:
+    own = manifest_of(calibrated)
+    windows = np.random.default_rng(3).integers(3, own.model.vocab_size, (2, 64))
+    runner, tokenizer = Runner(tiny_int4 / "model.onnx"), Tokenizer.from_file(str(tiny_int4 / "tokenizer.json"))
+    page, both = (calibrate_cache(runner, tokenizer, own.model, heard) for heard in (None, windows))
+    assert manifest_of(tiny_int4).cache_scales == page
+    for before, after in zip(page.key + page.value, both.key + both.value, strict=True):
+        # Less room above the largest value that was seen, and never a smaller one that was seen.
+        ratio = np.frombuffer(after, "<f4") / np.frombuffer(before, "<f4")
+        assert (ratio > 1.09 / 1.3).all()
+    assert page != both
+
+
+def test_windows_are_compared_without_answers(tiny_int4: Path, tiny_checkpoint: Path) -> None:
+    checkpoint = HuggingFaceCheckpoint(tiny_checkpoint)
+    windows = np.random.default_rng(4).integers(3, 300, (2, 40))
+    reference = Reference(checkpoint, windows, (), SilentProgress())
+    tally = reference.tally(Runner(tiny_int4 / "model.onnx"), SilentProgress())
+    assert (tally.tokens, reference.choices) == (80, [])
 
 
 def test_packages_are_compared_side_by_side(
