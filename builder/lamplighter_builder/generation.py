@@ -68,13 +68,18 @@ def generate_answers(
     return answers
 
 
-def ends_in_loop(tokens: Sequence[int]) -> bool:
-    """Tell whether each of the last ``_LOOP_TOKENS`` tokens is the same as one period before it."""
-    end = len(tokens) - _LOOP_TOKENS
-    return any(
-        all(tokens[place] == tokens[place - period] for place in range(end, len(tokens)))
-        for period in range(1, min(_LONGEST_PERIOD, end) + 1)
-    )
+def loop_begin(tokens: Sequence[int]) -> int | None:
+    """Return where the tokens begin to repeat themselves until their end, or None if they do not.
+
+    It is the index of the first token that repeats another, with the shortest period.
+    """
+    for period in range(1, _LONGEST_PERIOD + 1):
+        begin = len(tokens)
+        while begin > period and tokens[begin - 1] == tokens[begin - 1 - period]:
+            begin -= 1
+        if len(tokens) - begin >= _LOOP_TOKENS:
+            return begin
+    return None
 
 
 def compare_answers(answers: Sequence[Answer], expected: Sequence[Sequence[int]]) -> GenerationFidelity:
@@ -91,9 +96,9 @@ def compare_answers(answers: Sequence[Answer], expected: Sequence[Sequence[int]]
         agreed += sum(same)
         identical += all(same)
         before += same.index(False) if False in same else len(same)
-        # Where the reference, put into the loop, would stay in it as well, it is no fault of the package's. The way in
-        # does not count: answers part at near-ties, and a small model repeats itself at many of its own turns.
-        loops += ends_in_loop(answer.tokens) and not all(same[-_LOOP_TOKENS:])
+        begin = loop_begin(answer.tokens)
+        # Where the reference, put into the loop, would stay in it as well, it is no fault of the package's.
+        loops += begin is not None and not all(same[begin:])
     return GenerationFidelity(
         prompts=len(answers),
         tokens=tokens,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lamplighter_agent.errors import ConfigError
 from lamplighter_agent.package.chat_format import ChatFormat, Role, RoleFormat
 from lamplighter_builder.budget import Budget, fit_formats
-from lamplighter_builder.generation import Answer, compare_answers, ends_in_loop
+from lamplighter_builder.generation import Answer, compare_answers, loop_begin
 from lamplighter_builder.quantization.activations import activation_noise
 from lamplighter_builder.quantization.allocation import PLAIN, Bound, Choice, allocate
 from lamplighter_builder.quantization.blockwise import BlockFormat, FloatArray, QuantizedMatrix, storable_scales
@@ -186,29 +186,17 @@ def test_rounding_of_activations_costs_more_in_larger_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "loops"),
+    ("tokens", "begin"),
     [
-        ([1, 2, 3, *[7] * 30], True),
-        ([1, 2, *[5, 6, 7] * 9], True),
-        ([*[7] * 21], True),
-        ([*[7] * 20], False),
-        ([*range(16), *range(16), *range(4)], True),
-        ([*range(17), *range(17), *range(17)], False),
-        (list(range(60)), False),
-        ([*[7] * 40, 1, 2, 3], False),
-        ([9] * 15, False),
+        ([1, 2, 3, *[7] * 30], 4),
+        ([1, 2, *[5, 6, 7] * 9], 5),
+        (list(range(60)), None),
+        ([*[7] * 40, 1, 2, 3], None),
+        ([9] * 15, None),
     ],
 )
-def test_loop_repeats_itself_until_the_end_of_an_answer(tokens: list[int], loops: bool) -> None:
-    assert ends_in_loop(tokens) is loops
-
-
-@pytest.mark.parametrize(("place", "loops"), [(5, 0), (11, 0), (12, 1), (31, 1)])
-def test_loop_is_the_packages_own_where_the_reference_would_leave_it_once_it_is_in(place: int, loops: int) -> None:
-    answer = Answer((1,), (1, 2, *[7] * 30))
-    choices = list(answer.tokens)
-    choices[place] = 8
-    assert compare_answers([answer], [choices]).endless_loops == loops
+def test_loop_begins_with_the_first_token_that_repeats(tokens: list[int], begin: int | None) -> None:
+    assert loop_begin(tokens) == begin
 
 
 def test_loop_counts_only_where_the_reference_would_leave_it() -> None:
