@@ -9,45 +9,53 @@ the operator then refuses every buffer that is smaller than the window, as other
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lamplighter_agent.engine.protobuf import edit_fields, encode_bytes, encode_number, read_fields
-from lamplighter_agent.engine.protobuf_nodes import FLOAT, INT8, initializer, number_attribute, value_info
+from lamplighter_agent.engine.protobuf_nodes import (
+    FLOAT,
+    GRAPH_INITIALIZER,
+    GRAPH_INPUT,
+    GRAPH_NODE,
+    GRAPH_OUTPUT,
+    INT8,
+    MODEL_GRAPH,
+    MODEL_OPSET_IMPORT,
+    NODE_INPUT,
+    TENSOR_ELEMENT,
+    TYPE_TENSOR,
+    VALUE_TYPE,
+    initializer,
+    name_of,
+    number_attribute,
+    read_node,
+    text_attribute,
+    value_info,
+    with_attributes,
+)
 from lamplighter_agent.engine.unpacked_prompts import INPUTS, PromptGraph, newer_opset
 from lamplighter_agent.errors import IncompatiblePackageError
 from lamplighter_agent.package.manifest import CacheScales, ModelFacts
 
 ScaleArray = NDArray[np.float32]
 
-# Field numbers of onnx.proto.
-_MODEL_GRAPH: Final = 7
-_MODEL_OPSET_IMPORT: Final = 8
-_GRAPH_NODE: Final = 1
-_GRAPH_INITIALIZER: Final = 5
-_GRAPH_INPUT: Final = 11
-_GRAPH_OUTPUT: Final = 12
-_NODE_INPUT: Final = 1
-_NODE_OP_TYPE: Final = 4
-_NODE_ATTRIBUTE: Final = 5
-_ATTRIBUTE_NAME: Final = 1
-_ATTRIBUTE_TEXT: Final = 4
-_ATTRIBUTE_TYPE: Final = 20
-_TYPE_TEXT: Final = 3
-_VALUE_NAME: Final = 1
-_VALUE_TYPE: Final = 2
-_TYPE_TENSOR: Final = 1
-_TENSOR_ELEMENT: Final = 1
-
-_OPERATOR: Final = b"GroupQueryAttention"
+_OPERATOR: Final = "GroupQueryAttention"
 _PAST_KEY: Final = 3
 _SCALES: Final = 12
 """Inputs of the operator: the cached keys, and the first of the two scales."""
 
-_ATTRIBUTES: Final = (b"k_quant_type", b"v_quant_type", b"kv_cache_bit_width")
-_WINDOWED: Final = b"sliding_window_cache"
+_CODED: Final[Mapping[str, bytes]] = {
+    "k_quant_type": text_attribute("k_quant_type", "PER_CHANNEL"),
+    "v_quant_type": text_attribute("v_quant_type", "PER_CHANNEL"),
+    "kv_cache_bit_width": number_attribute("kv_cache_bit_width", 8),
+}
+"""Attributes of the operator on 8-bit codes."""
+
+_WINDOWED: Final = "sliding_window_cache"
 
 
 def cache_scales(scales: CacheScales, model: ModelFacts) -> list[tuple[ScaleArray, ScaleArray]]:
@@ -90,27 +98,29 @@ def with_cache(
         edited = bytes(node) if scales is None else _quantized(node, layer)
         if prompts is not None:
             edited = prompts.choice(node, edited, layer)
-        return _with_window(edited) if layer in windowed else edited
+        if layer not in windowed:
+            return edited
+        return with_attributes(memoryview(edited), {_WINDOWED: number_attribute(_WINDOWED, 1)})
 
     def edit_graph(graph: memoryview) -> bytes:
         if scales is None:
-            return edit_fields(graph, {_GRAPH_NODE: edit_node})
-        edits = {_GRAPH_NODE: edit_node, _GRAPH_INPUT: _edit_value, _GRAPH_OUTPUT: _edit_value}
+            return edit_fields(graph, {GRAPH_NODE: edit_node})
+        edits = {GRAPH_NODE: edit_node, GRAPH_INPUT: _edit_value, GRAPH_OUTPUT: _edit_value}
         added = [
             encode_bytes(
-                _GRAPH_INITIALIZER,
-                initializer(_scale_name(layer, kind).decode(), FLOAT, [scale.size], scale.astype("<f4").tobytes()),
+                GRAPH_INITIALIZER,
+                initializer(_scale_name(layer, kind), FLOAT, [scale.size], scale.astype("<f4").tobytes()),
             )
             for layer, pair in enumerate(scales)
             for kind, scale in zip(("key", "value"), pair, strict=True)
         ]
         if prompts is not None:
-            added += [encode_bytes(_GRAPH_INITIALIZER, constant) for constant in prompts.initializers(scales)]
-            added += [encode_bytes(_GRAPH_INPUT, value_info(*given)) for given in INPUTS.items()]
+            added += [encode_bytes(GRAPH_INITIALIZER, constant) for constant in prompts.initializers(scales)]
+            added += [encode_bytes(GRAPH_INPUT, value_info(*given)) for given in INPUTS.items()]
         return edit_fields(graph, edits) + b"".join(added)
 
     edited = edit_fields(
-        model, {_MODEL_GRAPH: edit_graph} | ({} if prompts is None else {_MODEL_OPSET_IMPORT: newer_opset})
+        model, {MODEL_GRAPH: edit_graph} | ({} if prompts is None else {MODEL_OPSET_IMPORT: newer_opset})
     )
     if sorted(found) != list(range(layers)):
         raise IncompatiblePackageError(
@@ -120,68 +130,36 @@ def with_cache(
     return edited
 
 
-def _with_window(node: bytes) -> bytes:
-    kept = [
-        bytes(field.raw)
-        for field in read_fields(memoryview(node))
-        if field.number != _NODE_ATTRIBUTE or _name(field.content) != _WINDOWED
-    ]
-    return b"".join([*kept, number_attribute(_WINDOWED.decode(), 1)])
-
-
-def _cache_layer(node: memoryview) -> int | None:
+def _cache_layer(content: memoryview) -> int | None:
     """Return the layer whose cache a node keeps, or None."""
-    inputs, operator = [], b""
-    for field in read_fields(node):
-        if field.number == _NODE_INPUT and field.content is not None:
-            inputs.append(bytes(field.content))
-        elif field.number == _NODE_OP_TYPE and field.content is not None:
-            operator = bytes(field.content)
-    if operator != _OPERATOR or len(inputs) <= _PAST_KEY:
+    node = read_node(content)
+    if node.operator != _OPERATOR or len(node.inputs) <= _PAST_KEY:
         return None
-    prefix, _, rest = inputs[_PAST_KEY].partition(b".")
-    number = rest.removesuffix(b".key")
-    return int(number) if prefix == b"past_key_values" and number.isdigit() else None
+    prefix, _, rest = node.inputs[_PAST_KEY].partition(".")
+    number = rest.removesuffix(".key")
+    return int(number) if prefix == "past_key_values" and number.isdecimal() else None
 
 
 def _quantized(node: memoryview, layer: int) -> bytes:
-    inputs, others = [], []
-    for field in read_fields(node):
-        if field.number == _NODE_INPUT and field.content is not None:
-            inputs.append(bytes(field.content))
-        elif field.number != _NODE_ATTRIBUTE or _name(field.content) not in _ATTRIBUTES:
-            others.append(bytes(field.raw))
-    inputs += [b""] * (_SCALES + 2 - len(inputs))
+    inputs = read_node(node).inputs
+    inputs += [""] * (_SCALES + 2 - len(inputs))
     inputs[_SCALES : _SCALES + 2] = [_scale_name(layer, "key"), _scale_name(layer, "value")]
-    attributes = [_text_attribute(name, b"PER_CHANNEL") for name in _ATTRIBUTES[:2]]
-    attributes.append(number_attribute(_ATTRIBUTES[2].decode(), 8))
-    return b"".join([*(encode_bytes(_NODE_INPUT, name) for name in inputs), *others, *attributes])
+    fields = read_fields(memoryview(with_attributes(node, _CODED)))
+    others = [bytes(field.raw) for field in fields if field.number != NODE_INPUT]
+    return b"".join([*(encode_bytes(NODE_INPUT, name.encode()) for name in inputs), *others])
 
 
 def _edit_value(value: memoryview) -> bytes:
     """Return a graph input or output, int8 if it is a part of the cache."""
-    if not (_name(value) or b"").startswith((b"past_key_values.", b"present.")):
+    if not name_of(value).startswith(("past_key_values.", "present.")):
         return bytes(value)
 
     def edit_tensor(tensor: memoryview) -> bytes:
-        kept = b"".join(bytes(field.raw) for field in read_fields(tensor) if field.number != _TENSOR_ELEMENT)
-        return encode_number(_TENSOR_ELEMENT, INT8) + kept
+        kept = b"".join(bytes(field.raw) for field in read_fields(tensor) if field.number != TENSOR_ELEMENT)
+        return encode_number(TENSOR_ELEMENT, INT8) + kept
 
-    return edit_fields(value, {_VALUE_TYPE: lambda kind: edit_fields(kind, {_TYPE_TENSOR: edit_tensor})})
-
-
-def _name(message: memoryview | None) -> bytes | None:
-    """Return the first field, which is the name in values and attributes alike."""
-    for field in read_fields(memoryview(b"") if message is None else message):
-        if field.number == _VALUE_NAME and field.content is not None:
-            return bytes(field.content)
-    return None
+    return edit_fields(value, {VALUE_TYPE: lambda kind: edit_fields(kind, {TYPE_TENSOR: edit_tensor})})
 
 
-def _scale_name(layer: int, kind: str) -> bytes:
-    return f"kv_scale.{layer}.{kind}".encode()
-
-
-def _text_attribute(name: bytes, text: bytes) -> bytes:
-    content = encode_bytes(_ATTRIBUTE_NAME, name) + encode_bytes(_ATTRIBUTE_TEXT, text)
-    return encode_bytes(_NODE_ATTRIBUTE, content + encode_number(_ATTRIBUTE_TYPE, _TYPE_TEXT))
+def _scale_name(layer: int, kind: str) -> str:
+    return f"kv_scale.{layer}.{kind}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from lamplighter_agent.engine.protobuf import edit_fields, encode_bytes, read_fields
+from lamplighter_agent.engine.protobuf_nodes import GRAPH_INITIALIZER, MODEL_GRAPH
 from lamplighter_agent.errors import EngineError
 
 ALIGNMENT_BYTES: Final = 64
@@ -20,8 +21,6 @@ _PAGE_BYTES: Final = 4096
 _BLOCK_BYTES: Final = 1024 * 1024
 
 # Field numbers of onnx.proto.
-_MODEL_GRAPH: Final = 7
-_GRAPH_INITIALIZER: Final = 5
 _TENSOR_EXTERNAL_DATA: Final = 13
 _ENTRY_KEY: Final = 1
 _ENTRY_VALUE: Final = 2
@@ -134,7 +133,7 @@ def _edit_model(model: memoryview, edit: Callable[[Entries], Entries]) -> bytes:
             for key, value in edited.items()
         )
 
-    return edit_fields(model, {_MODEL_GRAPH: lambda graph: edit_fields(graph, {_GRAPH_INITIALIZER: edit_tensor})})
+    return edit_fields(model, {MODEL_GRAPH: lambda graph: edit_fields(graph, {GRAPH_INITIALIZER: edit_tensor})})
 
 
 def _entry(content: memoryview | None) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from lamplighter_agent.engine.protobuf import read_fields
+from lamplighter_agent.engine.protobuf_nodes import MODEL_OPSET_IMPORT, OPSET_DOMAIN
 from lamplighter_agent.errors import IncompatiblePackageError, PackageError
 from lamplighter_agent.package.manifest import CacheDtype, ModelFacts
 
@@ -24,10 +25,8 @@ _CACHE_TYPES: Final[dict[CacheDtype, str]] = {
     "int8": "tensor(int8)",
 }
 
-# Field numbers of onnx.proto: ModelProto.opset_import and .functions, OperatorSetIdProto.domain.
-_MODEL_OPSET_IMPORT: Final = 8
 _MODEL_FUNCTIONS: Final = 25
-_OPSET_DOMAIN: Final = 1
+"""Field number of ``ModelProto.functions`` in onnx.proto."""
 
 
 class TensorInfo(NamedTuple):
@@ -121,11 +120,11 @@ def read_operator_domains(model: bytes) -> set[str]:
     for field in read_fields(memoryview(model)):
         if field.number == _MODEL_FUNCTIONS:
             raise IncompatiblePackageError("the model defines local functions, which packages may not have")
-        if field.number == _MODEL_OPSET_IMPORT and field.content is not None:
+        if field.number == MODEL_OPSET_IMPORT and field.content is not None:
             names = [
                 bytes(inner.content).decode("utf-8", "replace")
                 for inner in read_fields(field.content)
-                if inner.number == _OPSET_DOMAIN and inner.content is not None
+                if inner.number == OPSET_DOMAIN and inner.content is not None
             ]
             domains.add(names[-1] if names else "")
     if not domains:

@@ -62,7 +62,7 @@ class LiveSequence:
         scorer: The caller's own rule.
     """
 
-    _closed = True
+    _closed = True  # until there is a slot: a sequence that was not made whole is dropped, too
 
     def __init__(
         self,

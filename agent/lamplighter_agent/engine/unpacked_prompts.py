@@ -37,14 +37,6 @@ INPUTS: Final = {
 """Graph inputs that only the engine knows: bool [1], whether several tokens are computed; how many are before them, and
 with them, int64 [1]; their positions, int64 [1, tokens]; no keys, float32 [1, 0, num_key_value_heads * head_dim]."""
 
-# Field numbers of onnx.proto.
-_MODEL_GRAPH: Final = 7
-_GRAPH_NODE: Final = 1
-_GRAPH_INITIALIZER: Final = 5
-_INITIALIZER_DIMS: Final = 1
-_INITIALIZER_NAME: Final = 8
-_OPSET_DOMAIN: Final = 1
-_OPSET_VERSION: Final = 2
 _TENSOR_SCATTER_OPSET: Final = 24
 
 _OPERATOR: Final = "GroupQueryAttention"
@@ -185,12 +177,12 @@ def prompt_graph(model: memoryview, layers: int, head_dim: int) -> PromptGraph |
     widths = dict[str, int]()
     attention = list[nodes.Node]()
     for field in read_fields(model):
-        if field.number != _MODEL_GRAPH or field.content is None:
+        if field.number != nodes.MODEL_GRAPH or field.content is None:
             continue
         for part in read_fields(field.content):
-            if part.number == _GRAPH_INITIALIZER and part.content is not None:
+            if part.number == nodes.GRAPH_INITIALIZER and part.content is not None:
                 _note_width(part.content, widths)
-            elif part.number == _GRAPH_NODE and part.content is not None:
+            elif part.number == nodes.GRAPH_NODE and part.content is not None:
                 node = nodes.read_node(part.content)
                 if node.operator == _OPERATOR:
                     attention.append(node)
@@ -202,13 +194,13 @@ def newer_opset(opset: memoryview) -> bytes:
     """Return an ``OperatorSetIdProto`` that has ``TensorScatter``, if it is that of ONNX's own operators."""
     domain, version = b"", 0
     for field in read_fields(opset):
-        if field.number == _OPSET_DOMAIN and field.content is not None:
+        if field.number == nodes.OPSET_DOMAIN and field.content is not None:
             domain = bytes(field.content)
-        elif field.number == _OPSET_VERSION and field.value is not None:
+        elif field.number == nodes.OPSET_VERSION and field.value is not None:
             version = field.value
     if domain not in {b"", b"ai.onnx"} or version >= _TENSOR_SCATTER_OPSET:
         return bytes(opset)
-    return encode_bytes(_OPSET_DOMAIN, domain) + encode_number(_OPSET_VERSION, _TENSOR_SCATTER_OPSET)
+    return encode_bytes(nodes.OPSET_DOMAIN, domain) + encode_number(nodes.OPSET_VERSION, _TENSOR_SCATTER_OPSET)
 
 
 def _shape(node: nodes.Node, widths: dict[str, int], head_dim: int) -> PromptGraph | None:
@@ -226,9 +218,9 @@ def _note_width(tensor: memoryview, widths: dict[str, int]) -> None:
     """Enter a matrix's last axis by its name."""
     dims, name = list[int](), ""
     for field in read_fields(tensor):
-        if field.number == _INITIALIZER_DIMS and field.value is not None:
+        if field.number == nodes.INITIALIZER_DIMS and field.value is not None:
             dims.append(field.value)
-        elif field.number == _INITIALIZER_NAME and field.content is not None:
+        elif field.number == nodes.INITIALIZER_NAME and field.content is not None:
             name = bytes(field.content).decode("utf-8", "replace")
     if len(dims) == 2:
         widths[name] = dims[1]
