@@ -61,7 +61,7 @@ DEFAULT_ENGINE: Final = "lamplighter_agent.service.worker_engine:load"
 _ANSWER_TIMEOUT_S: Final = 30.0
 _KILL_WAIT_S: Final = 5.0
 _STALL_CHECKS: Final = 4
-_OOM_SCORE_ADJUSTMENT: Final = "1000"
+_OOM_SCORE_ADJUSTMENT: Final = "500"
 
 WorkerState = Literal["new", "starting", "ready", "stopping", "ended"]
 _Answer = TextDelta | Finished | Failed | Refused | Tokens | Text | Stats
@@ -398,10 +398,11 @@ class EngineWorker:
 
 
 def _offer_to_the_kernel(pid: int) -> None:
-    """Let the engine be the first to go when memory runs out, from its first moment.
+    """Let the engine go before the agent when memory runs out, from its first moment.
 
-    The adjustment counts in thousandths of the limit. A young engine is small: with less than all of them the kernel
-    would find the agent the larger one (``oom_badness`` in Linux's ``mm/oom_kill.c``).
+    The adjustment counts in thousandths of the limit, of the machine or of the unit (``oom_badness`` in Linux's
+    ``mm/oom_kill.c``). All of them would make a small engine the first to go of the whole machine, whoever took the
+    memory; half is more than the agent has in any unit that holds an engine.
     """
     try:
         Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT, encoding="ascii")

@@ -157,7 +157,7 @@ def test_the_kernel_would_end_the_worker_before_the_agent(spec: WorkerSpec) -> N
         async with running(spec) as worker:
             return worker.pid and int(Path(f"/proc/{worker.pid}/oom_score_adj").read_text())  # noqa: ASYNC240
 
-    assert asyncio.run(scenario()) == 1000
+    assert asyncio.run(scenario()) == 500
 
 
 def test_a_worker_that_is_stopped_with_a_full_channel_is_found_and_killed(spec: WorkerSpec) -> None:
