@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -54,6 +53,7 @@ from lamplighter_agent.service.worker_messages import (
     failure_of_event,
     frame_length,
 )
+from lamplighter_agent.service.worker_process import start_process, why_ended
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ DEFAULT_ENGINE: Final = "lamplighter_agent.service.worker_engine:load"
 _ANSWER_TIMEOUT_S: Final = 30.0
 _KILL_WAIT_S: Final = 5.0
 _STALL_CHECKS: Final = 4
-_OOM_SCORE_ADJUSTMENT: Final = "500"
 
 WorkerState = Literal["new", "starting", "ready", "stopping", "ended"]
 _Answer = TextDelta | Finished | Failed | Refused | Tokens | Text | Stats
@@ -249,18 +248,7 @@ class EngineWorker:
     async def _spawn(self) -> Ready | LoadFailed:
         ours, theirs = socket.socketpair()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "lamplighter_agent.service.worker_main",
-                f"--fd={theirs.fileno()}",
-                f"--engine={self.spec.engine}",
-                f"--log-level={self.spec.log_level}",
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # a Ctrl-C in a terminal is the agent's to handle
-            )
-            _offer_to_the_kernel(self._process.pid)
+            self._process = await start_process(self.spec.engine, self.spec.log_level, theirs.fileno())
         except OSError as error:
             ours.close()
             raise WorkerError(f"the engine worker cannot be started: {error}") from error
@@ -280,7 +268,9 @@ class EngineWorker:
             event = await _read(reader)
         except EOFError as error:
             status = await self._process.wait()
-            raise WorkerError(f"the engine worker ended while it loaded {self.spec.package}: {_why(status)}") from error
+            raise WorkerError(
+                f"the engine worker ended while it loaded {self.spec.package}: {why_ended(status)}"
+            ) from error
         if not isinstance(event, Ready | LoadFailed):
             raise WorkerError(f"the engine worker began with {type(event).__name__}")
         self._tasks.append(asyncio.create_task(self._read_events(reader), name="worker-read"))
@@ -320,7 +310,7 @@ class EngineWorker:
             self._writer.close()
         try:
             status = await asyncio.wait_for(self._process.wait(), 0.5)
-            reason = f"{reason}: {_why(status)}"
+            reason = f"{reason}: {why_ended(status)}"
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGKILL)
@@ -397,19 +387,6 @@ class EngineWorker:
             return  # the reading side sees the same end and tells everyone why
 
 
-def _offer_to_the_kernel(pid: int) -> None:
-    """Let the engine go before the agent when memory runs out, from its first moment.
-
-    The adjustment counts in thousandths of the limit, of the machine or of the unit (``oom_badness`` in Linux's
-    ``mm/oom_kill.c``). All of them would make a small engine the first to go of the whole machine, whoever took the
-    memory; half is more than the agent has in any unit that holds an engine.
-    """
-    try:
-        Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT, encoding="ascii")
-    except OSError as error:
-        logger.warning("the kernel may end the agent before the engine when memory runs out: %s", error)
-
-
 async def _read(reader: asyncio.StreamReader) -> Event:
     """Return the next event.
 
@@ -419,10 +396,3 @@ async def _read(reader: asyncio.StreamReader) -> Event:
     """
     length = frame_length(await reader.readexactly(HEADER_BYTES))
     return decode_body(EVENTS, await reader.readexactly(length))
-
-
-def _why(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else str(-status)
-    return f"killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
