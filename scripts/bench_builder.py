@@ -212,6 +212,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench builder", description=__doc__.partition("\n")[0])
     parser.add_argument("-p", "--precision", default="int4")
     parser.add_argument("-e", "--execution-provider", default="cpu")
+    parser.add_argument("-q", "--quantizer", help="how matrices are rounded; gptq calibrates (default: the builder's)")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=3072)
     parser.add_argument("--intermediate", type=int, default=8192)
@@ -234,6 +235,8 @@ def main() -> None:
     shutil.rmtree(package, ignore_errors=True)
     command = [str(Path(sys.executable).parent / "lamplighter-builder"), "build", "-m", str(checkpoint)]
     command += ["-o", str(package), "-p", options.precision, "-e", options.execution_provider, "--licence", "MIT"]
+    if options.quantizer is not None:
+        command += ["-q", options.quantizer]
     usage = measure(command)
     result = {
         "parameters": shape.parameters,
@@ -241,6 +244,7 @@ def main() -> None:
         "package_bytes": folder_bytes(package),
         "precision": options.precision,
         "execution_provider": options.execution_provider,
+        "quantizer": options.quantizer,
         "wall_s": round(usage.wall_s, 1),
         "cpu_s": round(usage.cpu_s, 1),
         "peak_rss_bytes": usage.peak_bytes,
