@@ -9,7 +9,7 @@ the operator then refuses every buffer that is smaller than the window, as other
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import numpy as np
@@ -106,14 +106,7 @@ def with_cache(
         if scales is None:
             return edit_fields(graph, {GRAPH_NODE: edit_node})
         edits = {GRAPH_NODE: edit_node, GRAPH_INPUT: _edit_value, GRAPH_OUTPUT: _edit_value}
-        added = [
-            encode_bytes(
-                GRAPH_INITIALIZER,
-                initializer(_scale_name(layer, kind), FLOAT, [scale.size], scale.astype("<f4").tobytes()),
-            )
-            for layer, pair in enumerate(scales)
-            for kind, scale in zip(("key", "value"), pair, strict=True)
-        ]
+        added = [encode_bytes(GRAPH_INITIALIZER, scale) for scale in _scale_initializers(scales)]
         if prompts is not None:
             added += [encode_bytes(GRAPH_INITIALIZER, constant) for constant in prompts.initializers(scales)]
             added += [encode_bytes(GRAPH_INPUT, value_info(*given)) for given in INPUTS.items()]
@@ -147,6 +140,13 @@ def _quantized(node: memoryview, layer: int) -> bytes:
     fields = read_fields(memoryview(with_attributes(node, _CODED)))
     others = [bytes(field.raw) for field in fields if field.number != NODE_INPUT]
     return b"".join([*(encode_bytes(NODE_INPUT, name.encode()) for name in inputs), *others])
+
+
+def _scale_initializers(scales: list[tuple[ScaleArray, ScaleArray]]) -> Iterator[bytes]:
+    """Yield the scales that the operator reads, float32 [heads * head_dim] each."""
+    for layer, pair in enumerate(scales):
+        for kind, scale in zip(("key", "value"), pair, strict=True):
+            yield initializer(_scale_name(layer, kind), FLOAT, [scale.size], scale.astype("<f4").tobytes())
 
 
 def _edit_value(value: memoryview) -> bytes:
