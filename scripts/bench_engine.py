@@ -1,6 +1,6 @@
 """The engine next to llama.cpp and onnxruntime-genai: same weights, same threads, in turns; a table and plots.
 
-    scripts/bench engine                 three rounds, about 12 minutes on two idle cores once its venv exists
+    scripts/bench engine                 three rounds, about 15 minutes on two idle cores once its venv exists
     scripts/bench engine --quick         one round of fewer tokens
     scripts/bench engine --soak 1000     instead: mixed requests through the worker process, and its memory over them
 
@@ -78,7 +78,8 @@ def main() -> None:
 
 def run_round(models: Models, workload: Path, threads: int) -> dict[str, dict[str, float]]:
     """Return the figures of each engine: all their processes, one after the other."""
-    engines = [("ours", "ours", models.package), ("genai", "genai", models.genai)]
+    engines = [("ours", "ours", models.package), ("ours int8", "ours:int8", models.package)]
+    engines += [("genai", "genai", models.genai)]
     engines += [(f"llama.cpp {name}", "llamacpp", path) for name, path in models.gguf.items()]
     figures: dict[str, dict[str, float]] = {name: {} for name, _, _ in engines}
     for kind in ("memory", "speed"):

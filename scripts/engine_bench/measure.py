@@ -2,7 +2,8 @@
 
     python -m engine_bench.measure ENGINE MODEL WORKLOAD.json THREADS {speed,memory}
 
-ENGINE is ``ours``, ``llamacpp`` or ``genai``. Processes take turns, so that all engines see the same machine.
+ENGINE is ``ours``, ``ours:int8`` (with that cache), ``llamacpp`` or ``genai``. Processes take turns, so that all
+engines see the same machine.
 ``memory`` is a process that does nothing but load and serve one prompt of 1,900 tokens: its peak is that work's.
 """
 
@@ -25,7 +26,7 @@ KIB = 1024
 
 
 class Engine(Protocol):
-    """What is asked of an engine; its module has ``load(model, threads, context_tokens)``."""
+    """What is asked of an engine; its module has ``load(model, threads, context_tokens)``, ours also a cache."""
 
     def stream(self, prompt: list[int], count: int, *, reuse: bool = False, speculate: bool = False) -> Iterator[int]:
         """Generate greedily, past any end of text; with ``reuse`` a known beginning need not be computed again."""
@@ -45,10 +46,11 @@ class WithSamplers(Protocol):
 def main(arguments: list[str]) -> None:
     """Measure and print."""
     name, model, workload_path, threads, kind = arguments
-    module = importlib.import_module(f"engine_bench.{name}")
+    module_name, _, variant = name.partition(":")
+    module = importlib.import_module(f"engine_bench.{module_name}")
     workload = read_workload(Path(workload_path))
     begun = time.perf_counter()
-    engine: Engine = module.load(Path(model), int(threads), CONTEXT_TOKENS)
+    engine: Engine = module.load(Path(model), int(threads), CONTEXT_TOKENS, *filter(None, [variant]))
     figures = _memory(engine, workload, begun) if kind == "memory" else _speed(engine, workload)
     print(json.dumps(figures), flush=True)
 

@@ -12,6 +12,7 @@ from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.package.manifest import CacheDtype
 
 
 class Ours:
@@ -55,10 +56,12 @@ class Ours:
         return sampler_costs(make_sampler, rows, prompts[0])
 
 
-def load(model: Path, threads: int, context_tokens: int) -> Ours:
-    """Load the package ``model`` from the prepared copies beside it."""
+def load(model: Path, threads: int, context_tokens: int, cache: CacheDtype = "float32") -> Ours:
+    """Load the package ``model`` from the prepared copies beside it, with a cache of this type."""
     # Weights for prompts are there if the copy was prepared with them.
-    options = EngineOptions(threads=threads, max_context_tokens=context_tokens, prompt_weights=True)
+    options = EngineOptions(
+        threads=threads, max_context_tokens=context_tokens, prompt_weights=True, kv_cache_dtype=cache
+    )
     engine = Engine.load(model, options=options, prepared_root=model.parent / "prepared")
     if not engine.prepared:
         raise SystemExit("the prepared copy was not used")

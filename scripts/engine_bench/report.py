@@ -52,20 +52,7 @@ ROWS = (
 
 def table(rounds: Rounds, conditions: dict[str, object]) -> str:
     """Return the table as Markdown: absolute medians, and ratios to the best llama.cpp file and to genai."""
-    llamacpp = [name for name in rounds[0] if name.startswith("llama.cpp")]
-    names = ["ours", *llamacpp, "genai"]
-    lines = [
-        "| work | " + " | ".join(names) + " | to the best llama.cpp | target | to genai | target |",
-        "|---|" + "---|" * (len(names) + 4),
-    ]
-    for row in ROWS:
-        cells = [f"{_median(rounds, name, row) / row.scale:.0f}" for name in names]
-        sign = ">=" if row.higher else "<="
-        for peers, target in ((llamacpp, row.llamacpp), (["genai"], row.genai)):
-            ratio = _ratio(rounds, row, peers)
-            met = ratio >= target if row.higher else ratio <= target
-            cells += [f"{ratio:.2f}{'' if met else ' (missed)'}", f"{sign} {target}"]
-        lines.append(f"| {row.work} ({row.unit}) | " + " | ".join(cells) + " |")
+    lines = _comparison(rounds, "ours")
     plain, drafted = (
         statistics.median(one["ours"][name] for one in rounds)
         for name in ("copy_plain_tokens_per_s", "copy_tokens_per_s")
@@ -75,8 +62,28 @@ def table(rounds: Rounds, conditions: dict[str, object]) -> str:
     )
     gain = f"copy-heavy {drafted:.0f} against {plain:.0f} tokens/s without ({drafted / plain:.2f} times)"
     lines += ["", f"Speculation: {gain}; on prose {prose:.2f} times.", "", _sampler_costs(rounds), ""]
+    lines += ["With `engine.kv_cache_dtype: int8`:", "", *_comparison(rounds, "ours int8"), ""]
     lines += [f"- {name}: {value}" for name, value in conditions.items()]
     return "\n".join(lines) + "\n"
+
+
+def _comparison(rounds: Rounds, ours: str) -> list[str]:
+    """Return the lines of a table: one of our engines and its peers, and the ratios to them."""
+    llamacpp = [name for name in rounds[0] if name.startswith("llama.cpp")]
+    names = [ours, *llamacpp, "genai"]
+    lines = [
+        "| work | " + " | ".join(names) + " | to the best llama.cpp | target | to genai | target |",
+        "|---|" + "---|" * (len(names) + 4),
+    ]
+    for row in ROWS:
+        cells = [f"{_median(rounds, name, row) / row.scale:.0f}" for name in names]
+        sign = ">=" if row.higher else "<="
+        for peers, target in ((llamacpp, row.llamacpp), (["genai"], row.genai)):
+            ratio = _ratio(rounds, row, ours, peers)
+            met = ratio >= target if row.higher else ratio <= target
+            cells += [f"{ratio:.2f}{'' if met else ' (missed)'}", f"{sign} {target}"]
+        lines.append(f"| {row.work} ({row.unit}) | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _sampler_costs(rounds: Rounds) -> str:
@@ -102,9 +109,10 @@ def draw_engines(rounds: Rounds, directory: Path) -> None:
     for axis, row in zip(axes.flat, ROWS, strict=True):
         for place, name in enumerate(names):
             values = [one[name][_figure(name, row)] / row.scale for one in rounds]
-            axis.bar(place, statistics.median(values), color="tab:orange" if name == "ours" else "tab:gray")
+            axis.bar(place, statistics.median(values), color="tab:orange" if name.startswith("ours") else "tab:gray")
             axis.plot([place] * len(values), values, "k.", markersize=4)
-        axis.set_xticks(range(len(names)), [name.replace("llama.cpp ", "llama\n") for name in names], fontsize=8)
+        labels = [name.replace("llama.cpp", "llama").replace(" ", "\n") for name in names]
+        axis.set_xticks(range(len(names)), labels, fontsize=8)
         axis.set_title(f"{row.work}, {row.unit}, {'higher' if row.higher else 'lower'} is better", fontsize=9)
     figure.tight_layout()
     figure.savefig(directory / "engines.svg")
@@ -130,14 +138,14 @@ def draw_soak(resident_bytes: list[int], directory: Path) -> None:
 
 
 def _figure(name: str, row: Row) -> str:
-    return row.ours if name == "ours" else row.theirs
+    return row.ours if name.startswith("ours") else row.theirs
 
 
 def _median(rounds: Rounds, name: str, row: Row) -> float:
     return statistics.median(one[name][_figure(name, row)] for one in rounds)
 
 
-def _ratio(rounds: Rounds, row: Row, peers: list[str]) -> float:
+def _ratio(rounds: Rounds, row: Row, ours: str, peers: list[str]) -> float:
     """Return the median over the rounds of ours to the best peer of that round."""
     best = max if row.higher else min
-    return statistics.median(one["ours"][row.ours] / best(one[peer][row.theirs] for peer in peers) for one in rounds)
+    return statistics.median(one[ours][row.ours] / best(one[peer][row.theirs] for peer in peers) for one in rounds)

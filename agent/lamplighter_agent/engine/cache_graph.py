@@ -55,6 +55,10 @@ _CODED: Final[Mapping[str, bytes]] = {
 }
 """Attributes of the operator on 8-bit codes."""
 
+_UNTILED: Final = frozenset({"softcap", "smooth_softmax", "qk_output"})
+_HEAD_SINK: Final = 11
+"""Attributes, and the input, with which the operator does not take its tiled kernel."""
+
 _WINDOWED: Final = "sliding_window_cache"
 
 
@@ -121,6 +125,22 @@ def with_cache(
             hint="build the package anew",
         )
     return edited
+
+
+def writes_codes_first(model: memoryview) -> bool:
+    """Return whether the operator writes the codes of all rows of a batch before it reads any, on an int8 cache.
+
+    The tiled kernel has two phases for that; the other one, which bounded scores and sinks need, works row by row
+    (``ApplyAttentionQuantizedFlash`` and ``ApplyAttentionQuantized`` in onnxruntime's ``gqa_attention_base.h``).
+
+    Raises:
+        PackageError: If the bytes are no model.
+    """
+    graphs = [field.content for field in read_fields(model) if field.number == MODEL_GRAPH]
+    parts = [part for graph in graphs if graph is not None for part in read_fields(graph)]
+    contents = [part.content for part in parts if part.number == GRAPH_NODE and part.content is not None]
+    attention = [node for node in map(read_node, contents) if node.operator == _OPERATOR]
+    return not any(_UNTILED & node.attributes.keys() or any(node.inputs[_HEAD_SINK:]) for node in attention)
 
 
 def _cache_layer(content: memoryview) -> int | None:

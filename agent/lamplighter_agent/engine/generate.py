@@ -87,8 +87,7 @@ class Engine:
             plan=plan,
             max_queued_requests=options.max_queued_requests,
             prefixes=self.prefixes if plan.prefix_cache_bytes else None,
-            # A draft needs values that can be poisoned, which 8-bit integers cannot.
-            speculation=options.speculation and plan.kv_cache_dtype == "float32",
+            speculation=options.speculation,
         )
         self.guard = MemoryGuard(self.prefixes, forget=self.scheduler.forget)
         self._numbers = itertools.count(1)

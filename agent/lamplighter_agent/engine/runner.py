@@ -13,8 +13,9 @@ of a logit. What the order rests on is not taken on trust: see ``ModelRunner.ver
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,7 @@ from lamplighter_agent.engine.kv_cache import CacheArray, KVCache
 from lamplighter_agent.engine.session import Binding, FloatArray, IntArray, ModelSession
 from lamplighter_agent.engine.speculation import MAX_ROWS
 from lamplighter_agent.errors import EngineError
+from lamplighter_agent.package.manifest import CacheDtype
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,10 @@ _MASK_STEP_TOKENS: Final = 256
 
 _SHORT_CONTEXT_BITS: Final = 9
 """Contexts of fewer than 512 tokens count as one case."""
+
+_POISON: Final[Mapping[CacheDtype, tuple[float, ...]]] = {"float32": (math.nan,), "int8": (127, -128)}
+"""What the places of a draft's tokens are filled with before they are written. Integers have no value that shows by
+itself when it is read, but two of them cannot both be the right one."""
 
 
 class ModelRunner:
@@ -53,7 +59,9 @@ class ModelRunner:
         self._decode = _Step(session, cache.buffers, cache.capacity)
         self._draft: _Step | None = None
         self._exact: dict[tuple[int, int], bool] = {}
-        self._differs = False
+        # On codes a row that is read too early does not show in every step, so the kernel's order must be known.
+        self._differs = not session.writes_first
+        self._poisons = _POISON[cache.spec.dtype]
 
     def prefill(self, slot: int, tokens: list[int]) -> FloatArray:
         """Append tokens to a slot.
@@ -170,9 +178,10 @@ class ModelRunner:
     def verify(self, tokens: list[int]) -> FloatArray:
         """Append tokens to slot 0, all in one step, with the result of as many decode steps, bit for bit.
 
-        The first step of each case (``exactness``) is compared with decode steps, which then give the answer. In every
-        step the places that the rows are to fill are poisoned before: a row that was read before it was written would
-        show as NaN. Once bits differ, decode steps give the answer from then on.
+        The first step of each case (``exactness``) is compared with decode steps, which then give the answer. Before a
+        step, the places that its rows are to fill are poisoned. With float32 a row that was read before it was written
+        shows as NaN, in every step. With int8 the first step of a case is run with two poisons, and must give the right
+        bits both times. Once bits differ, decode steps give the answer from then on.
 
         Args:
             tokens: 2 to ``MAX_ROWS`` token ids.
@@ -183,32 +192,33 @@ class ModelRunner:
         Raises:
             EngineError: If the runtime fails; the offset is unchanged.
         """
-        case = self._case(len(tokens))
-        known = self.exactness(len(tokens))
-        if len(tokens) > self.cache.steady(0):
-            return self._singly(tokens)  # its rows would move rows that others read
-        logits = None if known is False else self._run_draft(tokens)
-        if known and logits is not None:
-            self.cache.advance(0, tokens)
-            return logits
+        case, known = self._case(len(tokens)), self.exactness(len(tokens))
+        if known is False or len(tokens) > self.cache.steady(0):
+            return self._singly(tokens)  # where windowed layers drop tokens, rows would move rows that others read
+        if known:
+            logits = self._run_draft(tokens, self._poisons[0])
+            if logits is not None:
+                self.cache.advance(0, tokens)
+                return logits
+        drafts = [] if known else [self._run_draft(tokens, poison, keep=True) for poison in self._poisons]
         singles = self._singly(tokens)
-        if known is not False:
-            self._exact[case] = logits is not None and bool(np.array_equal(logits, singles))
-            if not self._exact[case]:
-                self._differs = True
-                logger.warning(
-                    "no speculation: on this machine %d rows do not have the bits of plain steps", len(tokens)
-                )
+        self._exact[case] = bool(drafts) and all(
+            logits is not None and np.array_equal(logits, singles) for logits in drafts
+        )
+        if not self._exact[case]:
+            self._differs = True
+            logger.warning("no speculation: on this machine %d rows do not have the bits of plain steps", len(tokens))
         return singles
 
     def _case(self, rows: int) -> tuple[int, int]:
         return rows, max((self.cache.offset(0) + rows).bit_length(), _SHORT_CONTEXT_BITS)
 
-    def _run_draft(self, tokens: list[int]) -> FloatArray | None:
-        """Run the step; None if it cannot be had here, or a row was read before it was written."""
+    def _run_draft(self, tokens: list[int], poison: float, *, keep: bool = False) -> FloatArray | None:
+        """Run the step; None if it cannot be had here, or a row was read before it was written.
+
+        The result is valid until the next call, or with ``keep`` a copy.
+        """
         past, rows = self.cache.offset(0), len(tokens)
-        if self.cache.spec.dtype != "float32":
-            return None  # 8-bit integers have no NaN to poison with
         if self._draft is None:
             try:
                 mirrors = self.cache.mirrors(MAX_ROWS)
@@ -218,9 +228,11 @@ class ModelRunner:
             self._draft = _Step(self._session, mirrors, self.cache.capacity)
         for index in range(len(self.cache.buffers)):
             poisoned, _ = self.cache.resident(index, 0, past, past + rows)
-            poisoned[:] = np.nan
+            poisoned[:] = poison
         logits = self._draft.run(tokens, range(past, past + rows), [self.cache.rope_tokens(0)] * rows)
-        return logits if np.isfinite(logits[:, 0]).all() else None
+        if not np.isfinite(logits[:, 0]).all():
+            return None
+        return logits.copy() if keep else logits
 
     def _singly(self, tokens: list[int]) -> FloatArray:
         past = self.cache.offset(0)

@@ -6,14 +6,14 @@ The only module of the running agent that imports onnxruntime; everything it rai
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
-from lamplighter_agent.engine.cache_graph import cache_scales, with_cache
+from lamplighter_agent.engine.cache_graph import cache_scales, with_cache, writes_codes_first
 from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.graph_io import GraphIO, TensorInfo, check_graph_io, read_operator_domains
 from lamplighter_agent.engine.kv_cache import CacheArray
@@ -76,6 +76,14 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
+class _EditedGraph(NamedTuple):
+    """A graph to be opened instead of the package's, None for that one, and what is known of it (``ModelSession``)."""
+
+    graph: bytes | None
+    unpacks: bool = False
+    writes_first: bool = True
+
+
 class ModelSession:
     """An open model and its bindings.
 
@@ -91,6 +99,8 @@ class ModelSession:
     Attributes:
         io: Which optional inputs the graph has.
         unpacks: True if prompts are computed so.
+        writes_first: True if an attention step of several rows is known to write all of their keys and values before it
+            reads any, or shows it if it does not (a float32 cache can be poisoned).
 
     Raises:
         PackageError: If onnxruntime cannot read the model or its weights.
@@ -111,8 +121,9 @@ class ModelSession:
         cache = CacheSpec.from_model(manifest.model) if cache is None else cache
         plain = cache.dtype == "float32" and cache.windowed is None
         unpack = unpack and cache.dtype == "int8" and cache.windowed is None
-        edited, self.unpacks = (None, False) if plain else _with_cache(model_path, manifest, cache, options, unpack)
-        self._runtime = _open(model_path, options, edited)
+        edited = _EditedGraph(None) if plain else _with_cache(model_path, manifest, cache, options, unpack)
+        self.unpacks, self.writes_first = edited.unpacks, edited.writes_first
+        self._runtime = _open(model_path, options, edited.graph)
         own = frozenset(INPUTS if self.unpacks else ())
         self.io: GraphIO = check_graph_io(
             inputs=[info for info in _tensor_infos(self._runtime.get_inputs()) if info.name not in own],
@@ -260,11 +271,8 @@ def save_prepacked(model_path: Path, directory: Path, *, threads: int, edited: b
 
 def _with_cache(
     model_path: Path, manifest: Manifest, cache: CacheSpec, options: ort.SessionOptions, unpack: bool
-) -> tuple[bytes, bool]:
-    """Return the edited graph, and let the runtime find its weights in the file beside ``model_path``.
-
-    The other value is True if it unpacks keys and values for prompts.
-    """
+) -> _EditedGraph:
+    """Return the edited graph, and let the runtime find its weights in the file beside ``model_path``."""
     scales = None
     if cache.dtype == "int8":
         if manifest.cache_scales is None:
@@ -278,7 +286,7 @@ def _with_cache(
     windowed = () if cache.windowed is None else cache.windowed.layers
     prompts = prompt_graph(memoryview(model), cache.layers, cache.head_dim) if unpack else None
     edited = with_cache(memoryview(model), cache.layers, scales=scales, windowed=windowed, prompts=prompts)
-    return edited, prompts is not None
+    return _EditedGraph(edited, prompts is not None, scales is None or writes_codes_first(memoryview(model)))
 
 
 def _open(model_path: Path, options: ort.SessionOptions, edited: bytes | None = None) -> ort.InferenceSession:

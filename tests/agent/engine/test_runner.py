@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 
 from lamplighter_agent.engine.generate import Engine
-from lamplighter_agent.engine.kv_cache import CacheArray
+from lamplighter_agent.engine.kv_cache import CacheArray, KVCache
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.runner import ModelRunner
+from support.families import write_family_checkpoint
+from support.tiny_model import build_tiny_package
 
 OPTIONS = EngineOptions(max_context_tokens=512, slots=4, threads=2)
 PROMPT = [*range(3, 60), *range(30, 50)]
 NEXT = [40, 41, 42, 43, 44, 45, 46, 47]
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_package: Path) -> Iterator[Engine]:
-    loaded = Engine.load(tiny_package, options=OPTIONS)
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def engine(tiny_package: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    loaded = Engine.load(tiny_package, options=msgspec.structs.replace(OPTIONS, kv_cache_dtype=request.param))
     yield loaded
     loaded.close()
 
@@ -65,8 +67,8 @@ def test_kernels_that_differ_in_one_bit_are_found_out(runner: ModelRunner, monke
     expected = singly(runner, NEXT[:4])
     original = ModelRunner._run_draft
 
-    def off_by_a_bit(self: ModelRunner, tokens: list[int]) -> object:
-        logits = original(self, tokens)
+    def off_by_a_bit(self: ModelRunner, tokens: list[int], poison: float, *, keep: bool = False) -> object:
+        logits = original(self, tokens, poison, keep=keep)
         assert logits is not None
         logits[2, 5] = np.nextafter(logits[2, 5], np.float32(9.0))
         return logits
@@ -77,26 +79,45 @@ def test_kernels_that_differ_in_one_bit_are_found_out(runner: ModelRunner, monke
     assert runner.exactness(2) is False
 
 
+def unshared(cache: KVCache, rows: int) -> tuple[CacheArray, ...]:
+    """Rows with memory of their own, as when each is read before the others are written: none sees their tokens."""
+    rows_apart = tuple(np.repeat(buffer[:1], rows, axis=0) for buffer in cache.buffers)
+    for buffer in rows_apart:
+        buffer[:, :, len(PROMPT) :] = np.nan if cache.spec.dtype == "float32" else 127
+    return rows_apart
+
+
 def test_a_row_that_is_read_before_it_is_written_is_found_out(
+    runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = singly(runner, NEXT[:3])
+    monkeypatch.setattr(KVCache, "mirrors", unshared)
+    assert np.array_equal(runner.verify(NEXT[:3]), expected)
+    assert runner.exactness(3) is False
+
+
+def test_a_row_of_floats_that_is_read_too_early_is_found_out_in_every_step(
     runner: ModelRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = singly(runner, NEXT[:3])
     runner.verify(NEXT[:3])
     runner.cache.trim(0, 3)
-    if not runner.exactness(3):
-        pytest.skip("this machine's kernels for one row and for three differ in the last bit")
-
-    def unshared(rows: int) -> tuple[CacheArray, ...]:
-        # Rows with memory of their own: none sees the others' tokens, only the poison.
-        return tuple(np.repeat(buffer[:1], rows, axis=0) for buffer in runner.cache.buffers)
-
+    if not runner.exactness(3) or runner.cache.spec.dtype != "float32":
+        pytest.skip("only float32 can be poisoned, and only where the kernels for one row and for three agree")
     broken = ModelRunner(runner._session, runner.cache)
     broken._exact = dict(runner._exact)
-    monkeypatch.setattr(runner.cache, "mirrors", unshared)
-    for buffer in runner.cache.buffers:
-        buffer[0, :, len(PROMPT) : len(PROMPT) + 3] = np.nan
+    monkeypatch.setattr(KVCache, "mirrors", unshared)
     assert np.array_equal(broken.verify(NEXT[:3]), expected)
     assert broken.exactness(3) is False
+
+
+def test_codes_are_not_drafted_for_where_rows_may_be_read_too_early(tmp_path: Path) -> None:
+    """Bounded scores take another kernel, which works row by row; with floats too early a reading shows."""
+    package = build_tiny_package(write_family_checkpoint(tmp_path / "gemma2", "gemma2"), tmp_path / "p", "int4")
+    for dtype, writes_first in (("float32", True), ("int8", False)):
+        with Engine.load(package, options=msgspec.structs.replace(OPTIONS, kv_cache_dtype=dtype)) as engine:
+            assert engine.session.writes_first is writes_first
+            assert engine.runner.exactness(2) is (None if writes_first else False)
 
 
 def test_without_memory_for_it_drafts_are_computed_singly(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
