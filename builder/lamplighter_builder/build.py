@@ -41,6 +41,7 @@ from lamplighter_builder.manifest_parts import (
     load_tokenizer,
     operator_domains,
     provenance,
+    warn_of_unused_sampling,
 )
 from lamplighter_builder.memory import memory_needs, resident_weights
 from lamplighter_builder.package_writer import PackageWriter
@@ -141,6 +142,7 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     check_reference(options.name, options.version)
     options.quantization.check(options.precision, options.execution_provider)
     outline = make_outline(checkpoint, options)
+    warn_of_unused_sampling(checkpoint.generation_config, progress)
     expect_course(outline, options, progress)
     check_comparable(checkpoint, outline, options)
     target, facts = outline.target, outline.facts

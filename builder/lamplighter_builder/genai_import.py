@@ -34,6 +34,7 @@ from lamplighter_builder.manifest_parts import (
     load_tokenizer,
     operator_domains,
     provenance,
+    warn_of_unused_sampling,
 )
 from lamplighter_builder.memory import PREFILL_CHUNK_TOKENS, memory_needs
 from lamplighter_builder.package_writer import PackageWriter
@@ -84,6 +85,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
     tokenizer_files = read_tokenizer(path).within(vocab_size)
     tokenizer = load_tokenizer(tokenizer_files, vocab_size)
     generation = _generation(folder, tokenizer, tokenizer_files)
+    warn_of_unused_sampling(folder.search, progress)
     chat_format = options.chat_format
     if chat_format is None and tokenizer_files.chat_template is not None:
         chat_format = compile_chat_template(tokenizer_files.chat_template, tokenizer_files.special_tokens)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TypeVar
 
 import gguf
@@ -35,6 +36,15 @@ _LAYER: Final = re.compile(r"blk\.(\d+)\.(.+)", re.ASCII)
 _SHARD: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.ASCII)
 _IGNORED_TENSORS: Final = re.compile(r"(blk\.\d+\.)?attn_rot_embd\.weight", re.ASCII)
 """Frequencies that llama.cpp wrote before 2023-06 and never read."""
+
+_SAMPLING: Final = MappingProxyType(
+    {
+        "temp": "temperature",
+        "penalty_repeat": "repetition_penalty",
+        **{key: key for key in ("top_k", "top_p", "min_p", "xtc_probability", "mirostat")},
+    }
+)
+"""Keys under ``general.sampling`` in the words of a ``generation_config.json``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +178,7 @@ def _shard_stem(stem: str) -> str:
 
 def _sampling(metadata: Fields) -> dict[str, object]:
     """Return the sampling defaults of ``general.sampling``, in the words of a ``generation_config.json``."""
-    keys = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "penalty_repeat": "repetition_penalty"}
-    found = {name: metadata.values.get(f"general.sampling.{key}") for key, name in keys.items()}
+    found = {name: metadata.values.get(f"general.sampling.{key}") for key, name in _SAMPLING.items()}
     return found | {"do_sample": metadata.number("general.sampling.temp", default=0.0) > 0}
 
 

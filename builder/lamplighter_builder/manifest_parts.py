@@ -8,6 +8,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import onnx
@@ -21,7 +22,37 @@ from lamplighter_builder.checkpoint import TokenizerFiles
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.progress import Progress
 
-_LEAST_TOP_P: Final = 1e-6
+_LEAST_SHARE: Final = 1e-6
+_MOST_MIN_P: Final = 1 - 1e-6
+_UNUSED_SAMPLING: Final[Mapping[str, tuple[object, ...]]] = MappingProxyType(
+    {
+        "no_repeat_ngram_size": (0,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "encoder_repetition_penalty": (1,),
+        "exponential_decay_length_penalty": (),
+        "top_h": (),
+        "epsilon_cutoff": (0,),
+        "eta_cutoff": (0,),
+        "xtc_probability": (0,),
+        "mirostat": (0,),
+        "num_beams": (0, 1),
+        "penalty_alpha": (0,),
+        "guidance_scale": (1,),
+        "min_length": (0,),
+        "min_new_tokens": (0,),
+        "stop_strings": (),
+        "bad_words_ids": (),
+        "force_words_ids": (),
+        "sequence_bias": (),
+        "suppress_tokens": (),
+        "begin_suppress_tokens": (),
+        "forced_bos_token_id": (),
+        "forced_eos_token_id": (),
+    }
+)
+"""Options of a checkpoint that change its text and have no place in the manifest, with the values that do nothing."""
+
 _TOOLS: Final = ("numpy", "onnx", "onnxruntime", "tokenizers", "gguf", "jinja2")
 
 
@@ -84,9 +115,19 @@ def generation_defaults(
         # Some write -1 for all tokens.
         top_k=max(generation.integer("top_k", default=0), 0),
         # And 0 for the likeliest token alone, which the smallest share above it is too.
-        top_p=_within(generation, "top_p", 1.0) or _LEAST_TOP_P,
+        top_p=_within(generation, "top_p", 1.0) or _LEAST_SHARE,
+        min_p=_within(generation, "min_p", _MOST_MIN_P, default=0.0),
+        typical_p=_within(generation, "typical_p", 1.0) or _LEAST_SHARE,
         repetition_penalty=generation.positive("repetition_penalty", default=1.0),
     )
+
+
+def warn_of_unused_sampling(generation: Fields, progress: Progress) -> None:
+    """Name what changes the text in a ``generation_config.json`` and has no place in a manifest."""
+    for key, neutral in _UNUSED_SAMPLING.items():
+        value = generation.values.get(key)
+        if value not in (None, False, "", [], {}, *neutral):
+            progress.warn(f"{generation.origin}: {key} {str(value)[:60]} is not kept: packages have no default for it")
 
 
 def _token_ids(key: str, generation: Fields, config: Fields) -> tuple[int, ...]:
@@ -100,9 +141,9 @@ def _token_ids(key: str, generation: Fields, config: Fields) -> tuple[int, ...]:
     return found
 
 
-def _within(fields: Fields, key: str, most: float = math.inf) -> float:
-    """Read a number from 0 to ``most``, 1 if it is missing."""
-    value = fields.number(key, default=1.0)
+def _within(fields: Fields, key: str, most: float = math.inf, *, default: float = 1.0) -> float:
+    """Read a number from 0 to ``most``, ``default`` if it is missing."""
+    value = fields.number(key, default=default)
     if not 0 <= value <= most:
         raise CheckpointError(f"{fields.origin}: {key} is {value:g}, but must be from 0 to {most:g}")
     return value

@@ -18,6 +18,9 @@ class Progress(Protocol):
     def advance(self, amount: int) -> None:
         """Report work done since the last call."""
 
+    def warn(self, text: str) -> None:
+        """Tell the user of something that goes on all the same."""
+
 
 class SilentProgress:
     """Hears and says nothing."""
@@ -30,3 +33,6 @@ class SilentProgress:
 
     def advance(self, amount: int) -> None:
         """Ignore the work."""
+
+    def warn(self, text: str) -> None:
+        """Ignore the warning."""

@@ -49,6 +49,12 @@ class TerminalProgress:
         self._done += amount
         self._show(force=self._done >= self._total)
 
+    def warn(self, text: str) -> None:
+        """Write a line of its own, above the stage that is under way."""
+        before = "\r\x1b[K" if self._title and self._interactive else ""
+        self._stream.write(f"{before}warning: {text}\n")
+        self._stream.flush()
+
     def close(self) -> None:
         """End the line of the last stage."""
         if self._title and self._interactive:

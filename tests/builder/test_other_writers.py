@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import CheckpointError, WeightMismatchError
 from lamplighter_agent.package.manifest import read_manifest
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
@@ -110,6 +111,7 @@ def test_the_tokenizer_names_the_end_where_no_config_does(copy: Path, tmp_path: 
         ({"eos_token_id": [2, 9999]}, "eos_token_id is 9999, but the embedding has 384 rows"),
         ({"top_p": 1.5}, "top_p is 1.5, but must be from 0 to 1"),
         ({"temperature": -1}, "temperature is -1, but must be from 0 to inf"),
+        ({"min_p": 1.0}, "min_p is 1, but must be from 0 to"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0, but must be above zero"),
     ],
 )
@@ -127,6 +129,25 @@ def test_sampling_defaults_of_other_spellings_mean_all_or_the_likeliest_token(co
     generation = read_manifest(build_tiny_package(copy, tmp_path / "package")).generation
     assert generation.top_k == 0
     assert 0 < generation.top_p < 1e-3
+
+
+def test_min_p_and_typical_p_are_defaults_of_the_package(copy: Path, tmp_path: Path) -> None:
+    change_json(copy / "generation_config.json", do_sample=True, min_p=0.05, typical_p=0.9)
+    generation = read_manifest(build_tiny_package(copy, tmp_path / "package")).generation
+    assert (generation.min_p, generation.typical_p) == (0.05, 0.9)
+    params = GenerationParams(typical_p=1.0).with_defaults(generation)
+    assert (params.min_p, params.typical_p) == (0.05, 1.0)
+
+
+def test_sampling_that_a_package_cannot_keep_is_named(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_json(copy / "generation_config.json", no_repeat_ngram_size=3, num_beams=1, eta_cutoff=0.0, min_length=None)
+    command = ["build", "-m", str(copy), "-o", str(tmp_path / "package"), "-p", "fp32"]
+    assert main(command) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "generation_config.json: no_repeat_ngram_size 3 is not kept" in warnings[0]
 
 
 @pytest.mark.parametrize("early_name", ["su", "yarn"])

@@ -42,7 +42,7 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probabilities reach this sum; in (0, 1].
         min_p: Drop tokens less likely than this share of the most likely one; in [0, 1).
-        typical_p: Keep the tokens closest to the expected information up to this mass; in (0, 1], 1 off.
+        typical_p: Keep the tokens closest to the expected information up to this mass; in (0, 1], 1 keeps all.
         xtc_probability: Chance of each step to drop the top choices; 0 to 1, 0 off.
         xtc_threshold: A top choice has at least this probability; all but the least likely go; in (0, 0.5].
         repetition_penalty: Divides positive, multiplies negative logits of tokens in prompt or text; > 0, 1 off.
@@ -87,8 +87,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    min_p: float = 0.0
-    typical_p: float = 1.0
+    min_p: float | None = None
+    typical_p: float | None = None
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
     repetition_penalty: float | None = None
@@ -194,6 +194,8 @@ class GenerationParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             temperature=default_temperature if self.temperature is None else self.temperature,
             top_k=defaults.top_k if self.top_k is None else self.top_k,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
+            min_p=defaults.min_p if self.min_p is None else self.min_p,
+            typical_p=defaults.typical_p if self.typical_p is None else self.typical_p,
             repetition_penalty=(
                 defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty
             ),
@@ -316,8 +318,8 @@ def _check_beams(params: GenerationParams) -> None:
         "temperature": bool(params.temperature),
         "top_k": params.top_k is not None,
         "top_p": params.top_p is not None,
-        "min_p": params.min_p > 0,
-        "typical_p": params.typical_p < 1,
+        "min_p": bool(params.min_p),
+        "typical_p": params.typical_p not in (None, 1.0),
         "xtc_probability": params.xtc_probability > 0,
         "forced_words": bool(params.forced_words),
         "forced_prefix": bool(params.forced_prefix),

@@ -264,14 +264,14 @@ class Sampler:
         """Return what top-k, top-p, min-p and typical-p leave of the tokens; None for all of them."""
         params = self.params
         top_k, top_p = params.top_k or 0, 1.0 if params.top_p is None else params.top_p
+        min_p, mass = params.min_p or 0.0, 1.0 if params.typical_p is None else params.typical_p
         candidates: Candidates | None = None
         if 0 < top_k < scaled.size:
             candidates = top_candidates(scaled, top_k)
         if top_p < 1.0:
             candidates = keep_top_p(scaled, top_p) if candidates is None else cut_top_p(candidates, top_p)
-        if params.min_p > 0.0:
-            candidates = keep_min_p(scaled, params.min_p) if candidates is None else cut_min_p(candidates, params.min_p)
-        if params.typical_p < 1.0:
-            mass = params.typical_p
+        if min_p > 0.0:
+            candidates = keep_min_p(scaled, min_p) if candidates is None else cut_min_p(candidates, min_p)
+        if mass < 1.0:
             candidates = keep_typical(scaled, mass) if candidates is None else cut_typical(candidates, mass)
         return candidates

@@ -199,6 +199,8 @@ class GenerationDefaults(msgspec.Struct, frozen=True, kw_only=True):
     temperature: Annotated[float, Meta(ge=0)] = 1.0
     top_k: Count = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    typical_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
 
 
