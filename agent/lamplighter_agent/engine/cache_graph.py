@@ -56,8 +56,8 @@ _CODED: Final[Mapping[str, bytes]] = {
 """Attributes of the operator on 8-bit codes."""
 
 _UNTILED: Final = frozenset({"softcap", "smooth_softmax", "qk_output"})
-_HEAD_SINK: Final = 11
-"""Attributes, and the input, with which the operator does not take its tiled kernel."""
+_BIAS: Final = 10
+"""Attributes, and the first of two inputs, with which the operator does not take its tiled kernel."""
 
 _WINDOWED: Final = "sliding_window_cache"
 
@@ -140,7 +140,7 @@ def writes_codes_first(model: memoryview) -> bool:
     parts = [part for graph in graphs if graph is not None for part in read_fields(graph)]
     contents = [part.content for part in parts if part.number == GRAPH_NODE and part.content is not None]
     attention = [node for node in map(read_node, contents) if node.operator == _OPERATOR]
-    return not any(_UNTILED & node.attributes.keys() or any(node.inputs[_HEAD_SINK:]) for node in attention)
+    return not any(_UNTILED & node.attributes.keys() or any(node.inputs[_BIAS:]) for node in attention)
 
 
 def _cache_layer(content: memoryview) -> int | None:

@@ -15,6 +15,7 @@ from lamplighter_agent.engine.cache_graph import cache_scales
 from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.external_data import mapped_bytes
 from lamplighter_agent.engine.kv_cache import KVCache
+from lamplighter_agent.engine.mapped_pages import release_pages
 from lamplighter_agent.engine.memory import (
     MemoryPlan,
     physical_cores,
@@ -37,7 +38,7 @@ from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.engine.windows import windowed_layers
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
 from lamplighter_agent.heap import map_large_blocks
-from lamplighter_agent.package.layout import MODEL_NAME
+from lamplighter_agent.package.layout import MODEL_NAME, WEIGHTS_NAME
 from lamplighter_agent.package.manifest import Manifest, read_manifest
 
 logger = logging.getLogger(__name__)
@@ -206,10 +207,12 @@ def _find_prompts(package: Path, copy: Path, plan: MemoryPlan) -> tuple[Path | N
 def _open_copy(directory: Path, open_model: Callable[[Path], ModelSession]) -> ModelSession | None:
     """Open a prepared copy, on which nothing may run before its checksums agree; None if it does not open."""
     try:
-        return open_model(directory / MODEL_NAME)
+        session = open_model(directory / MODEL_NAME)
     except (PackageError, EngineError) as error:
         logger.warning("the package is loaded as built: the prepared copy does not open: %s", error.message)
         return None
+    release_pages(directory / WEIGHTS_NAME)
+    return session
 
 
 def _open_prompts(directory: Path | None, open_model: Callable[[Path], ModelSession]) -> ModelSession | None:
@@ -225,6 +228,7 @@ def _open_prompts(directory: Path | None, open_model: Callable[[Path], ModelSess
     if damaged is not None:
         logger.warning("prompts are computed with the weights for decoding: %s in %s is damaged", damaged, directory)
         return None
+    release_pages(directory / WEIGHTS_NAME)
     return session
 
 
