@@ -167,6 +167,7 @@ class TestClient:
         response_topic: str | None = None,
         correlation: bytes | None = None,
         expiry_s: int | None = None,
+        user_properties: list[tuple[str, str]] | None = None,
     ) -> None:
         properties = None
         if self._v5:
@@ -177,6 +178,8 @@ class TestClient:
                 properties.CorrelationData = correlation
             if expiry_s is not None:
                 properties.MessageExpiryInterval = expiry_s
+            if user_properties is not None:
+                properties.UserProperty = user_properties
         self._client.publish(topic, payload, qos, retain, properties).wait_for_publish(10)
 
     def next(self, timeout_s: float = 10.0) -> Received:

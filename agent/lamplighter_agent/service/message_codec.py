@@ -7,12 +7,12 @@ agent sends are read with unknown fields ignored, so that an older fleet tool un
 
 from __future__ import annotations
 
-import re
 from typing import Final, TypeVar
 
 import msgspec
 
 from lamplighter_agent.errors import LamplighterError, ManifestError, RequestError, WorkerError
+from lamplighter_agent.service.json_faults import explain
 from lamplighter_agent.service.messages import (
     CancelMessage,
     CommandMessage,
@@ -28,6 +28,7 @@ from lamplighter_agent.service.messages import (
 
 MAX_MESSAGE_BYTES: Final = 64 * 1024
 WORKER_RETRY_S: Final = 2.0
+_MAX_ERROR_CHARACTERS: Final = 1000
 
 _M = TypeVar("_M", bound=msgspec.Struct)
 _T = TypeVar("_T")
@@ -176,7 +177,7 @@ def error_reply(error: LamplighterError, request_id: str | None, correlation: st
         id=request_id,
         code=code,
         reason=error.reason,
-        message=error.message,
+        message=error.message[:_MAX_ERROR_CHARACTERS],
         param=param,
         retry_after_s=retry_after_s,
         hint=error.hint,
@@ -188,8 +189,6 @@ _REPLY_DECODER: Final[msgspec.json.Decoder[Reply]] = msgspec.json.Decoder(
     DeltaReply | FinalReply | ErrorReply | ResultReply
 )
 _BATCH_DECODER: Final = msgspec.json.Decoder(list[TelemetryMessage])
-_UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
-_AT_PATH = re.compile(r"at `\$\.?(\w+)")
 
 
 def _decode(payload: bytes, kind: type[_M], what: str) -> _M:
@@ -201,9 +200,8 @@ def _decode_any(payload: bytes, decoder: msgspec.json.Decoder[_T], what: str) ->
     try:
         return decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        text = str(error)
-        found = _UNKNOWN_FIELD.search(text) or _AT_PATH.search(text)
-        raise RequestError(f"{what}: {text}", param=found[1] if found else None) from error
+        fault = explain(error, payload)
+        raise RequestError(f"{what}: {fault.text}", param=fault.param) from error
 
 
 def _check_size(payload: bytes, what: str) -> None:

@@ -318,7 +318,7 @@ class MqttConnection:
 
     def _on_message(self, _client: paho.Client, _data: object, message: paho.MQTTMessage) -> None:
         try:
-            arrived = incoming(message)
+            arrived = incoming(message, flooded=self._client.flooded)
         except UnicodeDecodeError:
             return
         assert self._loop is not None

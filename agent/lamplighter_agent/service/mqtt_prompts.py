@@ -19,7 +19,7 @@ from lamplighter_agent.service.message_codec import decode_cancel, decode_prompt
 from lamplighter_agent.service.messages import DeltaReply, FinalChoice, FinalReply, PromptMessage
 from lamplighter_agent.service.mqtt import MqttConnection
 from lamplighter_agent.service.mqtt_actions import Return
-from lamplighter_agent.service.mqtt_replies import Replies
+from lamplighter_agent.service.mqtt_replies import Replies, id_of
 from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Subscription
 from lamplighter_agent.service.topics import Topics
 from lamplighter_agent.service.worker_messages import Prompt
@@ -133,7 +133,7 @@ class MqttPrompts:
             return
         prompt = decode_prompt(message.payload, content_type=message.content_type)
         back = self._replies.way(message, prompt.reply_to, prompt.correlation)
-        given_id = prompt.id or (message.correlation.hex()[:128] if message.correlation else None)
+        given_id = prompt.id or id_of(message)
         request = self._request(prompt, given_id, back, message.expiry_s)
         if given_id is None and self._memory.is_repeated(
             (back.topic.encode(), message.topic.encode(), message.payload), duplicate=message.duplicate

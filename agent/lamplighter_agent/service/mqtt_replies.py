@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from typing import Final
+
 import msgspec
 
 from lamplighter_agent.errors import LamplighterError, RequestError
@@ -10,6 +13,9 @@ from lamplighter_agent.service.mqtt import MqttConnection
 from lamplighter_agent.service.mqtt_actions import Envelope, Return
 from lamplighter_agent.service.mqtt_types import Incoming, Outgoing
 from lamplighter_agent.service.topics import Topics
+
+MAX_CORRELATION_BYTES: Final = 256
+_MAX_ID: Final = 128
 
 
 class Replies:
@@ -36,20 +42,49 @@ class Replies:
         """Return where the answer goes; an MQTT property wins over its JSON field.
 
         Raises:
-            RequestError: If answers may not be sent there.
+            RequestError: If answers may not be sent there, or would have to repeat too much.
         """
-        topic = message.response_topic or reply_to or self._topics.device("reply")
-        return Return(self._topics.check_reply(topic), message.correlation, correlation)
+        topic = self._topic(message, reply_to)
+        if message.flooded:
+            raise RequestError("the message's properties are too long to be read", code=413, hint="send fewer of them")
+        if message.correlation is not None and len(message.correlation) > MAX_CORRELATION_BYTES:
+            raise RequestError(
+                f"the correlation data have {len(message.correlation)} bytes; at most {MAX_CORRELATION_BYTES} are "
+                "repeated with every answer",
+                param="correlation",
+            )
+        return Return(topic, message.correlation, correlation)
 
     def refuse(self, message: Incoming, error: LamplighterError) -> None:
-        """Tell the sender of a message what was wrong with it, as far as the message says who that is."""
+        """Tell the sender of a message what was wrong with it, as far as the message says who that is.
+
+        What is repeated of the message is bounded: a refusal must not be larger than an answer may be.
+        """
         try:
             envelope = msgspec.json.decode(message.payload, type=Envelope)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             envelope = Envelope()
-        request_id = envelope.id or (message.correlation.hex() if message.correlation else None)
         try:
-            back = self.way(message, envelope.reply_to, envelope.correlation)
+            topic = self._topic(message, envelope.reply_to)
         except RequestError:
-            back = Return(self._topics.device("reply"), message.correlation, envelope.correlation)
-        self.send(back, encode(error_reply(error, request_id, back.correlation)))
+            topic = self._topics.device("reply")
+        data, correlation = message.correlation, envelope.correlation
+        if data is not None and len(data) > MAX_CORRELATION_BYTES:
+            data = None
+        if correlation is not None and len(correlation) > MAX_CORRELATION_BYTES:
+            correlation = None
+        request_id = id_of(message) if envelope.id is None else envelope.id
+        if request_id is not None and len(request_id) > _MAX_ID:
+            request_id = None
+        self.send(Return(topic, data, correlation), encode(error_reply(error, request_id, correlation)))
+
+    def _topic(self, message: Incoming, reply_to: str | None) -> str:
+        return self._topics.check_reply(message.response_topic or reply_to or self._topics.device("reply"))
+
+
+def id_of(message: Incoming) -> str | None:
+    """Return the id of a message that has none in its JSON: its correlation data, or their hash if they are long."""
+    data = message.correlation
+    if not data:
+        return None
+    return data.hex() if len(data) <= _MAX_ID // 2 else hashlib.sha256(data).hexdigest()

@@ -14,6 +14,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         duplicate: The broker may have delivered it before (with 3.1.1 too).
         expiry_s: What is left of the message's expiry interval.
+        flooded: Its properties were too long to be read, so that none of them is here.
     """
 
     topic: str
@@ -24,6 +25,7 @@ class Incoming(msgspec.Struct, frozen=True, kw_only=True):
     correlation: bytes | None = None
     content_type: str | None = None
     expiry_s: int | None = None
+    flooded: bool = False
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True):
