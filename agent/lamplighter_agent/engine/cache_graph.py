@@ -32,6 +32,7 @@ from lamplighter_agent.engine.protobuf_nodes import (
     initializer,
     name_of,
     number_attribute,
+    read_attention,
     read_node,
     text_attribute,
     value_info,
@@ -43,7 +44,6 @@ from lamplighter_agent.package.manifest import CacheScales, ModelFacts
 
 ScaleArray = NDArray[np.float32]
 
-_OPERATOR: Final = "GroupQueryAttention"
 _PAST_KEY: Final = 3
 _SCALES: Final = 12
 """Inputs of the operator: the cached keys, and the first of the two scales."""
@@ -139,14 +139,14 @@ def writes_codes_first(model: memoryview) -> bool:
     graphs = [field.content for field in read_fields(model) if field.number == MODEL_GRAPH]
     parts = [part for graph in graphs if graph is not None for part in read_fields(graph)]
     contents = [part.content for part in parts if part.number == GRAPH_NODE and part.content is not None]
-    attention = [node for node in map(read_node, contents) if node.operator == _OPERATOR]
+    attention = [node for node in map(read_attention, contents) if node is not None]
     return not any(_UNTILED & node.attributes.keys() or any(node.inputs[_BIAS:]) for node in attention)
 
 
 def _cache_layer(content: memoryview) -> int | None:
     """Return the layer whose cache a node keeps, or None."""
-    node = read_node(content)
-    if node.operator != _OPERATOR or len(node.inputs) <= _PAST_KEY:
+    node = read_attention(content)
+    if node is None or len(node.inputs) <= _PAST_KEY:
         return None
     prefix, _, rest = node.inputs[_PAST_KEY].partition(".")
     number = rest.removesuffix(".key")

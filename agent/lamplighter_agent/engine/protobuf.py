@@ -84,6 +84,9 @@ def edit_fields(message: memoryview, edits: Mapping[int, Callable[[memoryview], 
 
 
 def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
+    # Nearly every number is one byte.
+    if position < len(message) and message[position] < 0x80:
+        return message[position], position + 1
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(message):
@@ -97,6 +100,8 @@ def _read_varint(message: memoryview, position: int) -> tuple[int, int]:
 
 
 def _encode_varint(value: int) -> bytes:
+    if value < 0x80:
+        return value.to_bytes()
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)

@@ -50,6 +50,9 @@ _KIND_GRAPH: Final = 5
 _KIND_INTS: Final = 7
 """Types of attributes."""
 
+ATTENTION: Final = "GroupQueryAttention"
+"""The operator that keeps a cache."""
+
 
 class Node(NamedTuple):
     """A node as it was read.
@@ -88,6 +91,19 @@ def read_node(content: memoryview) -> Node:
         elif field.number == _NODE_ATTRIBUTE:
             _read_attribute(field.content, bytes(field.raw), node)
     return node
+
+
+def read_attention(content: memoryview) -> Node | None:
+    """Return a serialized ``NodeProto`` if it is a ``GroupQueryAttention``, else None.
+
+    Raises:
+        PackageError: If the bytes are no message.
+    """
+    # Most nodes of a graph are others, and reading one takes much longer than this search.
+    if ATTENTION.encode() not in bytes(content):
+        return None
+    node = read_node(content)
+    return node if node.operator == ATTENTION else None
 
 
 def _read_attribute(content: memoryview, raw: bytes, node: Node) -> None:

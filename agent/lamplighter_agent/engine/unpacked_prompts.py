@@ -39,7 +39,6 @@ with them, int64 [1]; their positions, int64 [1, tokens]; no keys, float32 [1, 0
 
 _TENSOR_SCATTER_OPSET: Final = 24
 
-_OPERATOR: Final = "GroupQueryAttention"
 _MICROSOFT: Final = "com.microsoft"
 _PAST_KEY: Final = 3
 _LAST: Final = 5
@@ -121,7 +120,7 @@ class PromptGraph(NamedTuple):
         outputs = [out, f"{out}.key", f"{out}.value"]
         # … which nobody reads; what nobody reads would stay until the end of the step.
         readers = [encode_node("Shape", [name], [f"{name}.shape"]) for name in outputs[1:]]
-        return [*written, encode_node(_OPERATOR, inputs, outputs, attributes, domain=_MICROSOFT), *readers]
+        return [*written, encode_node(nodes.ATTENTION, inputs, outputs, attributes, domain=_MICROSOFT), *readers]
 
     def _rotated(self, node: nodes.Node, layer: int) -> tuple[list[bytes], str, str, str]:
         """Return nodes that give the rotated queries, rotated keys and the values, and these names."""
@@ -183,8 +182,8 @@ def prompt_graph(model: memoryview, layers: int, head_dim: int) -> PromptGraph |
             if part.number == nodes.GRAPH_INITIALIZER and part.content is not None:
                 _note_width(part.content, widths)
             elif part.number == nodes.GRAPH_NODE and part.content is not None:
-                node = nodes.read_node(part.content)
-                if node.operator == _OPERATOR:
+                node = nodes.read_attention(part.content)
+                if node is not None:
                     attention.append(node)
     found = {_shape(node, widths, head_dim) for node in attention}
     return found.pop() if len(found) == 1 and len(attention) == layers else None
