@@ -17,13 +17,13 @@ from lamplighter_agent.service import unix_socket
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.credentials import read_token
 from lamplighter_agent.service.local_api_gate import MAX_HEADER_BYTES, Gate
-from lamplighter_agent.service.local_api_protocol import BoundedProtocol
+from lamplighter_agent.service.local_api_protocol import BoundedProtocol, Crowd
 from lamplighter_agent.service.local_api_routes import Facts, Routes
+from lamplighter_agent.service.unix_socket import BACKLOG
 
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S: Final = 5
-_BACKLOG: Final = 64
 _STOP_TIMEOUT_S: Final = 5
 
 
@@ -47,13 +47,9 @@ class LocalApi:
         token = None if config.tcp_port is None else read_token(config)
         # uvicorn's protocol without its Server, which would wake up ten times a second for nothing.
         self._state = ServerState()
+        self._crowd = Crowd(config.max_connections)
         self._protocol = uvicorn.Config(
-            Gate(
-                Routes(requests, facts, config.max_body_bytes).application(),
-                lambda: self.open_connections,
-                config.max_connections,
-                token,
-            ),
+            Gate(Routes(requests, facts, config.max_body_bytes).application(), self._crowd, token),
             lifespan="off",
             log_config=None,
             log_level="warning",
@@ -81,7 +77,7 @@ class LocalApi:
             self._listeners.append(self._listen_on_path(self._config.socket))
         if self._config.tcp_port is not None:
             try:
-                self._listeners.append(socket.create_server(("127.0.0.1", self._config.tcp_port), backlog=_BACKLOG))
+                self._listeners.append(socket.create_server(("127.0.0.1", self._config.tcp_port)))
             except OSError as error:
                 self._let_go()
                 raise ServiceError(
@@ -103,14 +99,18 @@ class LocalApi:
     async def _serve(self, listener: socket.socket) -> None:
         self._servers.append(
             await asyncio.get_running_loop().create_server(
-                lambda: BoundedProtocol(config=self._protocol, server_state=self._state, app_state={}), sock=listener
+                lambda: BoundedProtocol(
+                    crowd=self._crowd, config=self._protocol, server_state=self._state, app_state={}
+                ),
+                sock=listener,
+                backlog=BACKLOG,  # asyncio sets it anew
             )
         )
 
     @property
     def open_connections(self) -> int:
         """Connections that clients hold open."""
-        return len(self._state.connections)
+        return len(self._crowd)
 
     async def keep_reachable(self) -> None:
         """Make the socket's file anew when somebody has removed or replaced it; connections that are open stay."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import logging
-from collections.abc import Callable
 from typing import Final
 
 import msgspec
@@ -12,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lamplighter_agent.service.local_api_protocol import TCP_CLIENT
+from lamplighter_agent.service.local_api_protocol import TCP_CLIENT, Crowd
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +25,13 @@ class Gate:
 
     Args:
         application: What answers those who get in.
-        connections: Gives the number of open connections, this one included.
-        max_connections: With more of them, requests are refused with 503.
+        crowd: The open connections; while there are too many, requests are refused with 503.
         token: What TCP clients must show, or None where there is no TCP.
     """
 
-    def __init__(
-        self, application: ASGIApp, connections: Callable[[], int], max_connections: int, token: str | None
-    ) -> None:
+    def __init__(self, application: ASGIApp, crowd: Crowd, token: str | None) -> None:
         self._application = application
-        self._connections = connections
-        self._max_connections = max_connections
+        self._crowd = crowd
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,10 +43,12 @@ class Gate:
         client = request.client
         assert client is not None
         if request.method == "POST":
-            logger.info("%s %s by %s, pid %d", request.method, request.url.path[:100], client.host, client.port)
+            # The path as it was sent: decoded it may hold what a terminal acts on.
+            path = request.scope["raw_path"][:100].decode("ascii", "replace")
+            logger.info("POST %s by %s, pid %d", path, client.host, client.port)
         if refusal := _bad_header(request):
             return refusal
-        if self._connections() > self._max_connections:
+        if self._crowd.too_many:
             return _refused(503, "too many connections are open", "server_error", {"Retry-After": _RETRY_AFTER_S})
         if client.host == TCP_CLIENT and request.url.path not in _OPEN_PATHS and not self._shows_token(request):
             return _refused(401, "a wrong or missing token", "authentication_error", {"WWW-Authenticate": "Bearer"})
@@ -64,11 +61,14 @@ class Gate:
 
 
 def _bad_header(request: Request) -> Response | None:
-    """Refuse what the protocol lets through: a large header that came in one piece, and a body of two lengths."""
+    """Refuse what the protocol lets through: a large header in one piece, a body of two lengths, a compressed one."""
     if sum(len(name) + len(value) for name, value in request.headers.raw) > MAX_HEADER_BYTES:
         return _refused(431, f"the header has more than {MAX_HEADER_BYTES} bytes", "invalid_request_error", {})
     if "content-length" in request.headers and "transfer-encoding" in request.headers:
         return _refused(400, "give Content-Length or Transfer-Encoding, not both", "invalid_request_error", {})
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        return _refused(415, f"the content encoding {coding[:40]!r} is not known", "invalid_request_error", {})
     return None
 
 

@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1 with what it lacks on a box: bounds on slow clients, and who is on the other end of the socket.
 
 uvicorn bounds the size of a header and the silence between requests. It does not bound how long a header may take to
-arrive nor how long a client may leave an answer unread; either would hold a connection for ever.
+arrive nor how long a client may leave an answer unread; either would hold a connection for ever. Nor does it look at
+what connections do: hundreds that ask for nothing must not keep out one that asks.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import logging
 import socket
 import struct
 from asyncio.trsock import TransportSocket
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import h11
+import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger(__name__)
@@ -33,14 +36,66 @@ class Peer(NamedTuple):
     group_id: int
 
 
+class Crowd:
+    """The open connections, oldest first; where there are too many, those go that wait for their client.
+
+    Args:
+        most: How many there may be.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._connections: dict[BoundedProtocol, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    @property
+    def too_many(self) -> bool:
+        """True if more are being answered than may be."""
+        return sum(not each.waits for each in self._connections) > self._most
+
+    def join(self, connection: BoundedProtocol) -> None:
+        """Count a new connection; the oldest one that has not sent all of a request makes room for it."""
+        if len(self._connections) >= self._most:  # not while: those that are being answered stay
+            waiting = next((each for each in self._connections if each.waits), None)
+            if waiting is not None:
+                self.leave(waiting)
+                waiting.make_room()
+        self._connections[connection] = None
+
+    def leave(self, connection: BoundedProtocol) -> None:
+        """Count a connection no more."""
+        self._connections.pop(connection, None)
+
+
 class BoundedProtocol(H11Protocol):
-    """A connection of the local API."""
+    """A connection of the local API.
+
+    Args:
+        crowd: The connections of the same API.
+        uvicorns: What uvicorn's own class takes.
+    """
 
     header_timeout_s = HEADER_TIMEOUT_S
     unread_timeout_s = UNREAD_TIMEOUT_S
     _answering = False
     _header_timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *, crowd: Crowd, **uvicorns: Any) -> None:  # noqa: ANN401 (as uvicorn has them)
+        super().__init__(**uvicorns)
+        self._crowd = crowd
+
+    @property
+    def waits(self) -> bool:
+        """True while nothing is being done here: the client has sent no request, or not all of it."""
+        return not self._answering or self.cycle.more_body
+
+    def make_room(self) -> None:
+        """Disconnect a client that waits, for another one."""
+        logger.debug("a client (%s, pid %d) that asks for nothing makes room", *(self.client or ("?", -1)))
+        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the base class
         """Note who connects; the first request must come soon."""
@@ -54,10 +109,12 @@ class BoundedProtocol(H11Protocol):
             logger.debug("connection by process %d, user %d, group %d", *peer)
         else:
             self.client = (TCP_CLIENT, 0)
+        self._crowd.join(self)
         self._await_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of the timers."""
+        self._crowd.leave(self)
         self._header_arrived()
         self._was_read()
         super().connection_lost(exc)
@@ -76,6 +133,24 @@ class BoundedProtocol(H11Protocol):
             self._answering = True
             self._header_arrived()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP/1.1 in OpenAI's shape, unless an answer has begun."""
+        if self.conn.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            self.transport.abort()
+            return
+        body = msgspec.json.encode(
+            {"error": {"message": msg, "type": "invalid_request_error", "param": None, "code": "request"}}
+        )
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers.append((b"connection", b"close"))
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
     def on_response_complete(self) -> None:
         """Go on with the next request of the connection, if it has one."""
         self._answering = False
@@ -91,6 +166,10 @@ class BoundedProtocol(H11Protocol):
         """The client reads again."""
         self._was_read()
         super().resume_writing()
+
+    def _should_upgrade(self) -> bool:
+        # uvicorn would advise the operator to install a library; a server may answer as if nobody had asked.
+        return False
 
     def _await_header(self) -> None:
         self._header_timer = self.loop.call_later(self.header_timeout_s, self._give_up, "sent no whole header")

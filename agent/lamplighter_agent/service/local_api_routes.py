@@ -41,6 +41,12 @@ logger = logging.getLogger(__name__)
 
 _SENDER: Final = "local"
 _BODY_TIMEOUT_S: Final = 15.0
+_BODY_LEFT: Final = frozenset({408, 413})
+"""Answers that may come before the request's end, which nobody waits for."""
+_PATHS: Final = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/tokenize", "/detokenize", "/health",
+    "/status", "/metrics",
+)  # fmt: skip
 _PAGE: Final = Path(__file__).with_name("chat.html")
 _PAGE_HEADERS: Final = {
     "Content-Security-Policy": (
@@ -297,14 +303,20 @@ async def _on_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, LamplighterError)
     status, body = error_object(error)
     headers = {}
+    if status in _BODY_LEFT:
+        headers["Connection"] = "close"
     if isinstance(error, RequestError) and error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
     return _json(body, status=status, headers=headers)
 
 
-async def _on_http_error(_request: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    body: JsonObject = {"message": error.detail, "type": "invalid_request_error", "param": None, "code": None}
+    wanted = f"{request.method[:16]} {request.scope['raw_path'][:100].decode('ascii', 'replace')}"
+    message = error.detail
+    if error.status_code in {404, 405}:
+        message = f"{wanted} is not served here: {message}; what is: {', '.join(_PATHS)}"
+    body: JsonObject = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
     return _json({"error": body}, status=error.status_code, headers=dict(error.headers or {}))
 
 

@@ -14,7 +14,8 @@ from lamplighter_agent.errors import ConfigError, ServiceError
 logger = logging.getLogger(__name__)
 
 MAX_PATH_BYTES = 107
-_BACKLOG = 64
+BACKLOG = 512
+"""Clients that may wait to be accepted; one more is refused by the kernel, or waits, as its system call is."""
 
 
 def listen(path: Path, *, mode: int, group: str | None) -> socket.socket:
@@ -50,7 +51,7 @@ def listen(path: Path, *, mode: int, group: str | None) -> socket.socket:
         if group_id is not None:
             os.chown(path, -1, group_id)
         path.chmod(mode)
-        listener.listen(_BACKLOG)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         raise ServiceError(

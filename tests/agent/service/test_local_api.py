@@ -166,8 +166,12 @@ def test_errors_have_openais_shape(http: httpx.Client, body: bytes, status: int,
 
 
 def test_unknown_paths_and_methods_have_openais_shape(http: httpx.Client) -> None:
-    assert http.get("/v1/files").json()["error"]["message"] == "Not Found"
-    assert http.get("/v1/chat/completions").status_code == 405
+    error = http.post("/v1/responses").json()["error"]
+    assert error["message"].startswith(
+        "POST /v1/responses is not served here: Not Found; what is: /v1/chat/completions,"
+    )
+    refused = http.get("/v1/chat/completions")
+    assert (refused.status_code, refused.headers["Allow"]) == (405, "POST")
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -91,8 +92,17 @@ def test_a_header_that_is_too_large_is_refused(api: ApiBox, socket_path: Path) -
         assert connection.recv(100).startswith(b"HTTP/1.1 400")
 
 
+def asking(path: Path) -> socket.socket:
+    """Return a connection on which a long answer is awaited."""
+    body = json.dumps({"prompt": "/slow", "stream": True, "max_tokens": 4000}).encode()
+    connection = connected(path)
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    return connection
+
+
 def test_too_many_connections_are_refused_in_openais_shape_and_harm_nobody_else(api: ApiBox, socket_path: Path) -> None:
-    held = [connected(socket_path) for _ in range(3)]
+    held = [asking(socket_path) for _ in range(3)]
+    api.thread.run(_until_accepted(api, 3))
     with client_of(socket_path) as http:
         response = http.get("/v1/models")
         assert (response.status_code, response.headers["Retry-After"]) == (503, "2")
@@ -105,8 +115,101 @@ def test_too_many_connections_are_refused_in_openais_shape_and_harm_nobody_else(
 
 
 async def _until_asked(api: ApiBox) -> None:
-    while not api.requests.counters.accepted:  # noqa: ASYNC110
+    await _until_accepted(api, 1)
+
+
+async def _until_accepted(api: ApiBox, requests: int) -> None:
+    while api.requests.counters.accepted < requests:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET /health HTT", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"]
+)
+def test_hundreds_of_connections_that_ask_for_nothing_keep_nobody_out(
+    api: ApiBox, socket_path: Path, sent: bytes
+) -> None:
+    held = []
+    for _ in range(300):
+        held.append(connected(socket_path))
+        with contextlib.suppress(BrokenPipeError):  # it has made room already
+            held[-1].sendall(sent)
+    with client_of(socket_path) as http:
+        assert http.get("/v1/models").status_code == 200
+        assert api.api.open_connections <= 3
+    for connection in held:
+        connection.close()
+
+
+def test_a_connection_that_is_being_answered_does_not_make_room(api: ApiBox, socket_path: Path) -> None:
+    with asking(socket_path) as busy:
+        received = busy.recv(100)
+        idle = [connected(socket_path) for _ in range(10)]
+        with client_of(socket_path) as http:
+            assert http.get("/v1/models").status_code == 200
+        assert received + busy.recv(100) != received
+        for connection in idle:
+            connection.close()
+
+
+def test_a_body_that_never_ends_ends_its_connection(api: ApiBox, socket_path: Path) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999999\r\n\r\n"
+    with connected(socket_path) as connection:
+        connection.sendall(head)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while True:
+                connection.sendall(b"x" * 65536)
+        answer = connection.recv(100)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_what_is_no_http_is_answered_in_openais_shape(api: ApiBox, socket_path: Path) -> None:
+    head, _, body = answer_to(socket_path, b"\x16\x03\x01 hello\r\n\r\n").partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_a_compressed_body_is_refused_by_name(api: ApiBox, socket_path: Path) -> None:
+    with client_of(socket_path) as http:
+        answer = http.post("/v1/completions", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (415, "the content encoding 'gzip' is not known")
+
+
+def test_a_client_that_offers_another_protocol_is_answered_in_this_one(
+    api: ApiBox, socket_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with client_of(socket_path) as http:
+        answer = http.get("/v1/models", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+    assert answer.status_code == 200
+    assert "WebSocket" not in caplog.text
+
+
+def test_the_log_has_the_path_as_it_was_sent(api: ApiBox, socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "lamplighter_agent")
+    answer = answer_to(socket_path, b"POST /%1b%5b2J%0aCRITICAL HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 404 ")
+    assert "POST /%1b%5b2J%0aCRITICAL by" in caplog.text
+
+
+@pytest.mark.parametrize("chunks", [1, 7, 1000])
+def test_a_body_in_chunks_and_one_that_is_waited_for_are_read(api: ApiBox, socket_path: Path, chunks: int) -> None:
+    body = json.dumps({"prompt": "hi"}).encode()
+    step = max(1, len(body) // chunks)
+    parts = [body[at : at + step] for at in range(0, len(body), step)]
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n"
+    with connected(socket_path) as connection:
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        for part in parts:
+            connection.sendall(b"%x\r\n%s\r\n" % (len(part), part))
+        connection.sendall(b"0\r\n\r\n")
+        assert b"You said: hi" in b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_requests_that_come_in_one_piece_are_answered_in_order(api: ApiBox, socket_path: Path) -> None:
+    one = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
+    answer = answer_to(socket_path, (one + b"\r\n") * 50 + one + b"Connection: close\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 200 OK") == 51
 
 
 async def _until_alone(api: ApiBox) -> None:
