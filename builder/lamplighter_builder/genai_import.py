@@ -94,6 +94,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
         relocate_weights(folder.model, path, writer.directory / WEIGHTS_NAME, progress)
         tensors = read_tensors(folder.model)
         facts = model_facts(folder, tensors)
+        _warn_of_lost_window(folder, facts, progress)
         _state_shapes(folder.model, facts)
         keep_whole_caches(folder.model)
         writer.write(MODEL_NAME, folder.model.SerializeToString(deterministic=True))
@@ -133,6 +134,20 @@ def _generation(folder: GenaiFolder, tokenizer: Tokenizer, files: TokenizerFiles
     tokens = {key: value for key, value in folder.model_section.values.items() if key.endswith("_token_id")}
     search = Fields({**folder.search.values, **tokens}, folder.search.origin)
     return generation_defaults(search, folder.model_section, tokenizer, files.special_tokens)
+
+
+def _warn_of_lost_window(folder: GenaiFolder, facts: ModelFacts, progress: Progress) -> None:
+    """Tell of a window in the configuration that no layer of the graph has.
+
+    onnxruntime-genai's builder writes such folders for Mistral 7B v0.1, whose layers it does not know to be windowed.
+    """
+    section = folder.decoder.section("sliding_window")
+    window = 0 if section is None else section.integer("window_size", default=0)
+    if window > 0 and facts.sliding_window is None:
+        progress.warn(
+            f"{folder.path}: the configuration names a window of {window} tokens, but the graph's attention has none: "
+            "longer texts are computed otherwise than the model was trained; build from its checkpoint for those"
+        )
 
 
 def _genai_config(folder: GenaiFolder) -> bytes:

@@ -210,6 +210,20 @@ def test_windowed_layers_get_whole_caches(folder: Path, tmp_path: Path) -> None:
     assert "sliding_window" not in (tmp_path / "package" / "genai_config.json").read_text()
 
 
+def test_window_that_the_graph_does_not_have_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As onnxruntime-genai's builder writes Mistral 7B v0.1."""
+    windowed = shutil.copytree(folder, tmp_path / "folder")
+    window = {"window_size": 24, "slide_key_value_cache": False, "slide_inputs": False, "layers": []}
+    edit_config(windowed, lambda decoder: decoder.update(sliding_window=window))
+    assert main(["import", str(windowed), "-o", str(tmp_path / "package"), "--licence", "MIT"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "names a window of 24 tokens, but the graph's attention has none" in warnings[0]
+    assert read_manifest(tmp_path / "package").model.sliding_window is None
+
+
 def detach_a_cache(model: onnx.ModelProto) -> None:
     node = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
     node.input[3], node.input[4] = node.input[4], node.input[3]
