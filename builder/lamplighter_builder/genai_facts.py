@@ -276,14 +276,14 @@ def _products(model: ModelProto) -> Iterator[tuple[int, int]]:
 
 
 def _sliding_layers(model: ModelProto) -> tuple[int | None, tuple[int, ...]]:
-    """Return the window of the layers that have one, and these layers."""
+    """Return the widest window of the layers that have one, and these layers: a wider cache suits each of them."""
     windows = {
         int(node.output[1].split(".")[1]): _integer(node, "local_window_size")
         for node in model.graph.node
         if node.op_type == "GroupQueryAttention"
     }
     sliding = tuple(sorted(layer for layer, window in windows.items() if window > 0))
-    return (windows[sliding[0]] if sliding else None), sliding
+    return max((windows[layer] for layer in sliding), default=None), sliding
 
 
 def _bits(node: NodeProto) -> int:

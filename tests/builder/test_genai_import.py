@@ -210,6 +210,19 @@ def test_windowed_layers_get_whole_caches(folder: Path, tmp_path: Path) -> None:
     assert "sliding_window" not in (tmp_path / "package" / "genai_config.json").read_text()
 
 
+def test_caches_are_as_wide_as_the_widest_window(folder: Path, tmp_path: Path) -> None:
+    windowed = shutil.copytree(folder, tmp_path / "folder")
+
+    def window_both(model: onnx.ModelProto) -> None:
+        nodes = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+        for node, window in zip(nodes, (24, 40), strict=True):
+            node.attribute.append(helper.make_attribute("local_window_size", window))
+
+    change_model(windowed, window_both)
+    model = do_import(windowed, tmp_path / "package").model
+    assert (model.sliding_window, model.sliding_layers) == (40, None)
+
+
 def test_window_that_the_graph_does_not_have_is_told(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
