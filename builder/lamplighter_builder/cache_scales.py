@@ -99,6 +99,8 @@ def _largest(runner: Runner, tokens: list[int], facts: ModelFacts) -> tuple[Floa
         rope = facts.rope
         if facts.local_rope is not None and layer in (facts.sliding_layers or ()):
             rope = facts.local_rope
+        if layer in facts.unrotated_layers:
+            rope = None
         keys.append(_pair_lengths(cache.arrays[f"past_key_values.{layer}.key"][0], rope).max(axis=1))
         values.append(np.abs(cache.arrays[f"past_key_values.{layer}.value"][0]).max(axis=1))
     return np.stack(keys), np.stack(values)

@@ -21,6 +21,7 @@ _FAMILIES: Final = (
     "phimoe",
     "qwen2",
     "qwen3",
+    "smollm3",
 )
 MODEL_MODULES: Final[Mapping[str, str]] = MappingProxyType(
     {**{name: name for name in _FAMILIES}, "ministral": "mistral"}

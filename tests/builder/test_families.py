@@ -104,6 +104,14 @@ def test_factors_of_another_length_are_refused(configs: Callable[[str], dict[str
         read_architecture(config | {"rope_parameters": rope | {"long_factor": [1.0, 2.0, 3.0]}})
 
 
+@pytest.mark.parametrize("rotated", [[1, 0, 1], [1, 0, 1, 2], [1, 0, 1, 0.5]])
+def test_layers_that_do_not_say_whether_they_rotate_are_refused(
+    rotated: list[float], configs: Callable[[str], dict[str, object]]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: no_rope_layers must have 0 or 1 for each of 4 layers"):
+        read_architecture(configs("smollm3") | {"no_rope_layers": rotated})
+
+
 def test_heads_that_the_operator_does_not_take_are_refused(configs: Callable[[str], dict[str, object]]) -> None:
     config = Fields(configs("qwen3") | {"head_dim": 100}, "config.json")
     with pytest.raises(UnsupportedModelError, match="heads of 100 features are not supported") as caught:

@@ -145,6 +145,21 @@ PUBLISHED: dict[str, Config] = {
         partial_rotary_factor=0.75,
         tie_word_embeddings=True,
     ),
+    "SmolLM3-3B": config(
+        "smollm3",
+        "silu",
+        (2048, 11008, 36, 16, 4, 128256, 65536),
+        rms_norm_eps=1e-06,
+        rope_theta=5000000.0,
+        rope_scaling=None,
+        no_rope_layers=[1, 1, 1, 0] * 9,
+        no_rope_layer_interval=4,
+        layer_types=["full_attention"] * 36,
+        use_sliding_window=False,
+        sliding_window=None,
+        attention_bias=False,
+        mlp_bias=False,
+    ),
     "Phi-3.5-MoE": config(
         "phimoe",
         "silu",
@@ -188,6 +203,7 @@ def read(name: str) -> DecoderConfig:
         ("Phi-3-mini-4k", 96, "default", 96, False),
         ("Phi-3.5-mini", 96, "longrope", 96, False),
         ("Phi-4-mini", 128, "longrope", 96, True),
+        ("SmolLM3-3B", 128, "default", 128, True),
         ("Phi-3.5-MoE", 128, "longrope", 128, False),
     ],
 )
@@ -211,6 +227,13 @@ def test_heads_rope_and_embeddings(name: str, head_dim: int, rope_type: str, rot
 def test_windows_of_the_first_layers(name: str, windows: list[int | None]) -> None:
     found = read(name)
     assert [found.window(index) for index in range(6)] == windows
+
+
+def test_every_fourth_layer_of_smollm3_is_not_rotated() -> None:
+    found = read("SmolLM3-3B")
+    assert found.facts(0).unrotated_layers == tuple(range(3, 36, 4))
+    without = {key: value for key, value in PUBLISHED["SmolLM3-3B"].items() if key != "no_rope_layers"}
+    assert find_architecture("smollm3").read_config(Fields(without, "SmolLM3-3B")) == found
 
 
 def test_bases_of_the_two_ropes_of_gemma3() -> None:

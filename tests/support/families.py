@@ -125,6 +125,30 @@ FAMILIES: Final[Mapping[str, Options]] = MappingProxyType(
             "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5},
         },
         "qwen3": {"model_type": "qwen3", "rope_parameters": _DEFAULT_ROPE, "head_dim": 32},
+        "smollm3": {
+            "model_type": "smollm3",
+            "rope_parameters": _DEFAULT_ROPE,
+            "num_hidden_layers": 4,
+            "no_rope_layer_interval": 2,
+            "tie_word_embeddings": True,
+        },
+        "smollm3-yarn-windowed": {
+            "model_type": "smollm3",
+            "num_hidden_layers": 3,
+            "no_rope_layers": [0, 1, 0],
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        },
         "gemma2": {
             "model_type": "gemma2",
             "rope_parameters": _DEFAULT_ROPE,
@@ -159,7 +183,15 @@ FAMILIES: Final[Mapping[str, Options]] = MappingProxyType(
     }
 )
 
-WINDOWED: Final = ("qwen2-yarn-windowed", "mistral", "ministral", "phi3", "gemma2", "gemma3_text")
+WINDOWED: Final = (
+    "qwen2-yarn-windowed",
+    "mistral",
+    "ministral",
+    "phi3",
+    "smollm3-yarn-windowed",
+    "gemma2",
+    "gemma3_text",
+)
 LONG_ROPE: Final = ("phi3-longrope", "phi3-partial-longrope", "phimoe")
 
 

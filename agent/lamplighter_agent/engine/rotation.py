@@ -24,7 +24,7 @@ class KeyRotation:
     """The rotation of one layer's keys.
 
     Attributes:
-        frequencies: float64 [rotary_dim / 2], radians a position.
+        frequencies: float64 [rotary_dim / 2], radians a position; empty for a layer that does not rotate.
         interleaved: True where pairs are neighbours, False where they are ``rotary_dim / 2`` apart.
         scales: float32 [heads, 1, head_dim] of an int8 cache, else None.
     """
@@ -70,6 +70,8 @@ def key_rotations(
     for layer in range(model.num_hidden_layers):
         rope = local if model.sliding_window is not None and layer in windowed else model.rope
         frequencies = None if rope is None or not rope.shiftable else rope_frequencies(rope)
+        if frequencies is not None and layer in model.unrotated_layers:
+            frequencies = frequencies[:0]
         if rope is None or frequencies is None:
             return None
         scale = None if scales is None else scales[layer][:, None, :]

@@ -61,13 +61,13 @@ ScaleArray = NDArray[np.float32]
 
 
 class PromptGraph(NamedTuple):
-    """Writes the choices of one graph, whose attention nodes are alike.
+    """Writes the choices of one graph, whose attention nodes are alike but that some may not rotate.
 
     Attributes:
         heads: Query heads.
         kv_heads: ``num_key_value_heads``.
         head_dim: Features of a head.
-        rotary_dim: Features of a head that are rotated; 0 if nodes do not rotate.
+        rotary_dim: Features of a head that are rotated by nodes that rotate; 0 if none does.
     """
 
     heads: int
@@ -131,7 +131,7 @@ class PromptGraph(NamedTuple):
         if packed:
             written.append(encode_node("Split", [query, _ROTATED], [f"{name}.query_key", f"{name}.value"], axis))
             query, value = f"{name}.query_key", f"{name}.value"
-        if self.rotary_dim:
+        if node.numbers.get("do_rotary", 0):
             turned = [(query, self.heads + self.kv_heads)] if packed else [(query, self.heads), (key, self.kv_heads)]
             written += [
                 self._turn(node, source, heads, f"{name}.turned{i}") for i, (source, heads) in enumerate(turned)
@@ -185,8 +185,11 @@ def prompt_graph(model: memoryview, layers: int, head_dim: int) -> PromptGraph |
                 node = nodes.read_attention(part.content)
                 if node is not None:
                     attention.append(node)
-    found = {_shape(node, widths, head_dim) for node in attention}
-    return found.pop() if len(found) == 1 and len(attention) == layers else None
+    shapes = [_shape(node, widths, head_dim) for node in attention]
+    known = [shape for shape in shapes if shape is not None]
+    rotated = {shape.rotary_dim for shape in known if shape.rotary_dim} or {0}
+    found = {shape._replace(rotary_dim=width) for shape in known for width in rotated}
+    return found.pop() if len(found) == 1 and len(known) == len(attention) == layers else None
 
 
 def newer_opset(opset: memoryview) -> bytes:

@@ -89,6 +89,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
         local_rope: The same for the windowed layers, if it differs.
         sliding_window: Tokens that a windowed layer sees, or None.
         sliding_layers: Indices of the layers that use ``sliding_window``; all of them if None and a window is set.
+        unrotated_layers: Indices of the layers whose keys are not rotated, whatever ``rope`` says.
         parameters: Number of weights, tied ones counted once.
     """
 
@@ -105,6 +106,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     local_rope: RopeScaling | None = None
     sliding_window: Positive | None = None
     sliding_layers: tuple[Count, ...] | None = None
+    unrotated_layers: tuple[Count, ...] = ()
     tie_word_embeddings: bool = False
     parameters: Count = 0
 

@@ -98,6 +98,9 @@ class Attention:
     output_module: ClassVar[str] = "o_proj"
     """Name of the output projection in the checkpoint."""
 
+    rotates: ClassVar[bool] = True
+    """True if queries and keys are rotated by their positions."""
+
     def __init__(self, name: str, shape: AttentionShape, linear: LinearFactory) -> None:
         self.name, self.shape, self.linear = name, shape, linear
 
@@ -112,9 +115,7 @@ class Attention:
         with graph.scope("qkv_proj"):
             qkv = self.linear(graph, x, self.qkv_spec())
         heads = self.make_heads(graph, qkv)
-        inputs = [*heads, past.key, past.value, lengths.seqlens_k, lengths.total, rope.cos, rope.sin]
-        if rope.position_ids != NO_VALUE:
-            inputs.append(rope.position_ids)
+        inputs = [*heads, past.key, past.value, lengths.seqlens_k, lengths.total, *self.rotary_inputs(rope)]
         attended, *present = graph.op(
             "GroupQueryAttention", inputs, domain=CONTRIB_DOMAIN, attributes=self._attributes(), count=3
         )
@@ -124,6 +125,10 @@ class Attention:
     def make_heads(self, graph: Graph, qkv: Value) -> tuple[Value, Value, Value]:
         """Return what attends: the packed projection alone, or query, key and value [B, S, heads * head_dim]."""
         return qkv, NO_VALUE, NO_VALUE
+
+    def rotary_inputs(self, rope: RopeTables) -> list[Value]:
+        """Return what the operator rotates queries and keys with; nothing if it does not."""
+        return [rope.cos, rope.sin, *([] if rope.position_ids == NO_VALUE else [rope.position_ids])]
 
     def qkv_spec(self) -> LinearSpec:
         """Return the packed projection of query, key and value."""
@@ -153,7 +158,7 @@ class Attention:
         attributes: dict[str, Attribute] = {
             "num_heads": shape.num_attention_heads,
             "kv_num_heads": shape.num_key_value_heads,
-            "do_rotary": 1,
+            "do_rotary": int(self.rotates),
         }
         if shape.window is not None:
             attributes["local_window_size"] = shape.window
@@ -162,6 +167,16 @@ class Attention:
         if shape.softcap is not None:
             attributes["softcap"] = shape.softcap
         return attributes
+
+
+class UnrotatedAttention(Attention):
+    """Attention that knows of positions only which is before which (NoPE, arXiv 2305.19466)."""
+
+    rotates: ClassVar[bool] = False
+
+    def rotary_inputs(self, _rope: RopeTables) -> list[Value]:
+        """Return what the operator rotates queries and keys with: nothing."""
+        return []
 
 
 class FusedAttention(Attention):

@@ -83,6 +83,13 @@ def test_windowed_layers_have_their_own_rope() -> None:
     assert [rotation.interleaved for rotation in found] == [True, False, True, False]
 
 
+def test_keys_that_are_not_rotated_stay_as_they_are() -> None:
+    found = key_rotations(model(unrotated_layers=(1, 3)))
+    assert found is not None
+    keys = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    assert [bool((rotation.shift(keys, -5) == keys).all()) for rotation in found] == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     "rope", [None, RopeScaling(rope_type="longrope", rope_theta=100.0, rotary_dim=8, shiftable=False)]
 )

@@ -37,10 +37,11 @@ def runner(model: Path, manifest: Manifest, *, unpack: bool) -> ModelRunner:
 
 @pytest.fixture(
     scope="module",
-    params=["llama", "qwen3", "phi", "phi3-longrope", "gemma2"],
+    params=["llama", "qwen3", "phi", "phi3-longrope", "gemma2", "smollm3"],
 )
 def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packed projections; normed heads; heads rotated in part; two sets of factors; bounded scores and windows."""
+    """Packed projections; normed heads; heads rotated in part; two sets of factors; bounded scores and windows; layers
+    without rotation."""
     folder = tmp_path_factory.mktemp("unpacked")
     return build_tiny_package(write_family_checkpoint(folder / request.param, request.param), folder / "p", "int4")
 

@@ -36,9 +36,9 @@ PROMPTS = (TEXT[:250], TEXT[5:405], TEXT[9:49])
 """Decoding crosses the first eviction; several before; none."""
 
 
-@pytest.fixture(scope="module", params=["gemma3_text", "gemma2", "mistral"])
+@pytest.fixture(scope="module", params=["gemma3_text", "gemma2", "mistral", "smollm3-yarn-windowed"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers of both kinds; of both kinds and with bounded scores; windowed ones alone."""
+    """Layers of both kinds; of both kinds and with bounded scores; windowed ones alone; some whose keys do not turn."""
     return write_family_checkpoint(tmp_path_factory.mktemp("windows") / request.param, request.param)
 
 
