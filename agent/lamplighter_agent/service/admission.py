@@ -48,6 +48,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         deadline_s: Seconds from now within which it must be finished, or None for the configured time.
         embed: Not an answer is wanted but the prompt's embedding.
         idempotent: Answer the same id of the same sender only once until its deadline is over.
+        is_part: It belongs to what one request asked for and has been counted against the client's limit.
     """
 
     id: str
@@ -59,6 +60,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
     embed: bool = False
     idempotent: bool = False
+    is_part: bool = False
 
 
 Event: TypeAlias = TextDelta | Answer
@@ -178,7 +180,8 @@ class RequestQueue:
             self.check_model(request.model)
             if request.idempotent and self._is_known(request):
                 return None
-            self._check_rate(request.client or request.sender)
+            if not request.is_part:
+                self._check_rate(request.client or request.sender)
             free = self._worker is not None and not self._waiting and self._has_slot(self._worker)
             if not free and len(self._waiting) >= self._config.queue_size:
                 raise RequestError(

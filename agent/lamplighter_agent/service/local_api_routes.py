@@ -170,16 +170,18 @@ class Routes:
 
     async def _embeddings(self, request: Request) -> Response:
         body = decode_body(await self._read(request), EmbeddingRequest)
-        answers = []
+        answers: list[Answer] = []
         for prompt in body.to_prompts():
             ticket = self._requests.submit(
                 GenerationRequest(
                     id=f"embd-{uuid.uuid4().hex}",
                     sender=_SENDER,
+                    client=request.client.host if request.client else None,
                     prompt=prompt,
                     params=GenerationParams(),
                     model=body.model,
                     embed=True,
+                    is_part=bool(answers),
                 )
             )
             assert ticket is not None  # only idempotent requests are known already

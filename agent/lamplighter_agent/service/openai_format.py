@@ -7,20 +7,18 @@ every field that OpenAI does not define, except the engine's own options, which 
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from lamplighter_agent.engine.params import EarlyStopping, GenerationParams
-from lamplighter_agent.errors import LamplighterError, RequestError
-from lamplighter_agent.package.chat_format import ChatMessage
+from lamplighter_agent.errors import ContextOverflowError, LamplighterError, RequestError
+from lamplighter_agent.service.json_faults import explain
 from lamplighter_agent.service.message_codec import error_reply
+from lamplighter_agent.service.openai_messages import NO_TOOLS, TOOLS_HINT, ApiMessage, conversation
 from lamplighter_agent.service.worker_messages import Prompt
 
-_UNKNOWN_FIELD = re.compile(r"unknown field `(.*?)`")
-_AT_PATH = re.compile(r"at `\$\.?(\w+)")
 # What a request may name as the engine does; its deadline is a duration here and a time there.
 _ENGINE_OPTIONS: Final = frozenset(GenerationParams.__struct_fields__) - {"deadline_s"}
 
@@ -28,6 +26,7 @@ _ENGINE_OPTIONS: Final = frozenset(GenerationParams.__struct_fields__) - {"deadl
 _DIFFERENT: Final = frozenset({"logprobs", "echo", "max_tokens"})
 
 MAX_EMBEDDED_TEXTS: Final = 256
+_SEEDS: Final = 2**63
 
 JsonObject = dict[str, object]
 _T = TypeVar("_T")
@@ -37,20 +36,6 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a streamed answer."""
 
     include_usage: bool = False
-
-
-class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a message; only text is understood."""
-
-    type: str
-    text: str | None = None
-
-
-class ApiMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """One message of a conversation."""
-
-    role: str
-    content: str | tuple[ContentPart, ...] | None = None
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True, rename={"schema_": "schema"}):
@@ -110,6 +95,10 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     user: str | None = None
     metadata: JsonObject | None = None
     store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     # Extensions: the engine's own options, by their names in GenerationParams.
     top_k: int | None = None
     min_p: float | None = None
@@ -162,6 +151,8 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         given = {name: value for name, value in msgspec.structs.asdict(self).items() if name not in _DIFFERENT}
         given["logit_bias"] = _logit_bias(self.logit_bias)
         given["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if self.seed is not None and -_SEEDS <= self.seed < 0:
+            given["seed"] = self.seed + _SEEDS  # OpenAI's are signed
         schema = None if self.response_format is None else self.response_format.guided_json()
         if schema is not None:
             if self.guided_json is not None:
@@ -185,9 +176,11 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
     functions: tuple[JsonObject, ...] | None = None
+    function_call: object = None
     modalities: tuple[str, ...] | None = None
     reasoning_effort: str | None = None
-    service_tier: str | None = None
+    verbosity: str | None = None
+    prediction: JsonObject | None = None
 
     def to_prompt(self) -> Prompt:
         """Return the conversation.
@@ -195,11 +188,18 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
         Raises:
             RequestError: If it asks for something that this box does not have.
         """
-        if self.tools or self.functions:
-            raise RequestError("tools are not supported", param="tools" if self.tools else "functions")
+        asked = {
+            "tools": self.tools,
+            "functions": self.functions,
+            "tool_choice": _chosen(self.tool_choice),
+            "function_call": _chosen(self.function_call),
+        }
+        for name, value in asked.items():
+            if value:
+                raise RequestError(NO_TOOLS, param=name, hint=TOOLS_HINT)
         if self.modalities and set(self.modalities) != {"text"}:
             raise RequestError("the only modality is 'text'", param="modalities")
-        return Prompt(messages=tuple(_message(message) for message in self.messages))
+        return Prompt(messages=conversation(self.messages))
 
     def to_params(self) -> GenerationParams:
         """Return the generation options; ``max_completion_tokens`` is the newer name of ``max_tokens``.
@@ -210,16 +210,23 @@ class ChatRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fiel
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
         newer = self.max_completion_tokens
-        return self.params(
-            max_tokens=self.max_tokens if newer is None else newer,
-            logprobs=self.top_logprobs or 0 if self.logprobs else None,
-        )
+        try:
+            return self.params(
+                max_tokens=self.max_tokens if newer is None else newer,
+                logprobs=self.top_logprobs or 0 if self.logprobs else None,
+            )
+        except RequestError as error:
+            names = {"logprobs": "top_logprobs"} | ({} if newer is None else {"max_tokens": "max_completion_tokens"})
+            name = names.get(error.param or "")
+            if name is None:
+                raise
+            raise RequestError(f"{name}: {error.message}", param=name, hint=error.hint) from error
 
 
 class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Body of ``/v1/completions``: text, or token ids, to continue as they are."""
 
-    prompt: str | tuple[str | int, ...]
+    prompt: str | tuple[str | int | tuple[int, ...], ...]
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
@@ -237,12 +244,19 @@ class CompletionRequest(SamplingFields, frozen=True, kw_only=True, forbid_unknow
             raise RequestError("best_of other than n is not supported", param="best_of", hint="use num_beams")
         if isinstance(self.prompt, str):
             return Prompt(text=self.prompt, raw=True)
-        texts = [item for item in self.prompt if isinstance(item, str)]
-        if len(texts) == len(self.prompt) == 1:
-            return Prompt(text=texts[0], raw=True)
-        if texts or not self.prompt:
-            raise RequestError("prompt must be one text or the token ids of one", param="prompt")
-        return Prompt(tokens=tuple(item for item in self.prompt if isinstance(item, int)))
+        match self.prompt:
+            case [str(text)]:
+                return Prompt(text=text, raw=True)
+            case [tuple(tokens)] if tokens:
+                return Prompt(tokens=tokens)
+        tokens = tuple(item for item in self.prompt if isinstance(item, int))
+        if not tokens or len(tokens) != len(self.prompt):
+            raise RequestError(
+                "prompt must be one text or the token ids of one",
+                param="prompt",
+                hint="send more in requests of their own",
+            )
+        return Prompt(tokens=tokens)
 
     def to_params(self) -> GenerationParams:
         """Return the generation options.
@@ -301,7 +315,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("give exactly one of 'prompt' and 'messages'", param="prompt")
         if self.messages is not None:
-            return Prompt(messages=tuple(_message(message) for message in self.messages))
+            return Prompt(messages=conversation(self.messages))
         return Prompt(text=self.prompt, raw=True)
 
 
@@ -321,42 +335,27 @@ def decode_body(body: bytes, kind: type[_T]) -> _T:
     try:
         return msgspec.json.decode(body, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        text = str(error)
-        found = _UNKNOWN_FIELD.search(text) or _AT_PATH.search(text)
-        raise RequestError(f"the body cannot be read: {text}", param=found[1] if found else None) from error
+        fault = explain(error, body)
+        raise RequestError(f"the body cannot be read: {fault.text}", param=fault.param) from error
 
 
 def error_object(error: LamplighterError) -> tuple[int, JsonObject]:
-    """Return the HTTP status and the body in OpenAI's shape for an error."""
+    """Return the HTTP status and the body in OpenAI's shape for an error.
+
+    A prompt that does not fit has the status and the code that clients of OpenAI look for to shorten it.
+    """
     reply = error_reply(error, None)
+    if isinstance(error, ContextOverflowError):
+        reply = msgspec.structs.replace(reply, code=400, reason="context_length_exceeded")
     message = f"{reply.message} ({reply.hint})" if reply.hint else reply.message
     kinds = {404: "not_found_error", 413: "invalid_request_error", 429: "rate_limit_error"}
     kind = kinds.get(reply.code, "invalid_request_error" if 400 <= reply.code < 500 else "server_error")
     return reply.code, {"error": {"message": message, "type": kind, "param": reply.param, "code": reply.reason}}
 
 
-def _message(message: ApiMessage) -> ChatMessage:
-    content = message.content
-    if content is None:
-        raise RequestError("a message has no content", param="messages")
-    if not isinstance(content, str):
-        for part in content:
-            if part.type != "text" or part.text is None:
-                raise RequestError(
-                    f"a message has a part of type {part.type!r}; only text is understood", param="messages"
-                )
-        content = "".join(part.text or "" for part in content)
-    match message.role:
-        case "system" | "developer":
-            return ChatMessage("system", content)
-        case "user":
-            return ChatMessage("user", content)
-        case "assistant":
-            return ChatMessage("assistant", content)
-        case role:
-            raise RequestError(
-                f"a message has the role {role[:40]!r}", param="messages", hint="use system, user, assistant"
-            )
+def _chosen(choice: object) -> object:
+    """Return who is to choose a tool; ``none`` and ``auto`` ask for nothing where there are no tools."""
+    return None if choice in (None, "none", "auto") else choice
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
