@@ -18,6 +18,7 @@ from lamplighter_agent.engine.memory import (
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.errors import IncompatiblePackageError, MemoryBudgetError
 from lamplighter_agent.package.manifest import CacheScales, Manifest, decode_manifest
+from support.file_tree import write_files
 from support.manifests import manifest_tree
 
 GIB = 1024 * MIB
@@ -172,16 +173,8 @@ def test_a_configured_context_is_refused_rather_than_cut() -> None:
         plan_memory(manifest(), machine(384 * MIB), EngineOptions(max_context_tokens=4096))
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="ascii")
-    return root
-
-
 def test_cgroup_v2_limits_count_at_every_level(tmp_path: Path) -> None:
-    root = write(
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "0::/box.slice/agent.service\n",
@@ -197,7 +190,7 @@ def test_cgroup_v2_limits_count_at_every_level(tmp_path: Path) -> None:
 
 
 def test_cgroup_v1_limits_count_too(tmp_path: Path) -> None:
-    root = write(
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "5:cpu,cpuacct:/\n4:memory:/jobs/7\n0::/\n",
@@ -212,7 +205,7 @@ def test_cgroup_v1_limits_count_too(tmp_path: Path) -> None:
 
 
 def test_in_a_container_the_mount_point_stands_for_the_hosts_path(tmp_path: Path) -> None:
-    root = write(
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "0::/../../host/path\n",
@@ -255,7 +248,7 @@ def test_without_cgroups_the_machine_alone_counts(tmp_path: Path) -> None:
     ids=["v2", "v2 without quota", "v1 less than a core", "v1 without quota"],
 )
 def test_cpu_quota_in_whole_cores(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
-    assert cgroup.quota_cores(write(tmp_path, files)) == cores
+    assert cgroup.quota_cores(write_files(tmp_path, files)) == cores
 
 
 def test_there_is_always_a_core() -> None:

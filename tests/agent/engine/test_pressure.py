@@ -9,6 +9,7 @@ from lamplighter_agent.engine.kv_cache import CacheArray
 from lamplighter_agent.engine.prefix_cache import PrefixCache
 from lamplighter_agent.engine.pressure import MIB, MemoryGuard, Readings, judge, read_pressure
 from lamplighter_agent.errors import RequestError
+from support.file_tree import write_files
 
 GIB = 1024 * MIB
 CALM = Readings(free=((4 * GIB, 2 * GIB), (512 * MIB, 100 * MIB)), events=7)
@@ -36,16 +37,8 @@ def test_how_bad_it_is(now: Readings, level: str) -> None:
     assert judge(now, CALM) == level
 
 
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="ascii")
-    return root
-
-
 def test_everything_the_kernel_offers_is_read_in_v2(tmp_path: Path) -> None:
-    root = write(
+    root = write_files(
         tmp_path,
         {
             "proc/meminfo": "MemTotal:  1000 kB\nMemFree: 10 kB\nMemAvailable:  300 kB\n",
@@ -64,7 +57,7 @@ def test_everything_the_kernel_offers_is_read_in_v2(tmp_path: Path) -> None:
 
 
 def test_v1_and_a_kernel_without_pressure_files_are_read(tmp_path: Path) -> None:
-    root = write(
+    root = write_files(
         tmp_path,
         {
             "proc/self/cgroup": "4:memory:/jobs\n",
