@@ -33,7 +33,7 @@ from lamplighter_builder.calibrate import (
     packed_matrices,
 )
 from lamplighter_builder.chat_template import compile_chat_template
-from lamplighter_builder.cli import TerminalProgress
+from lamplighter_builder.checkpoint import WeightSource
 from lamplighter_builder.drafts import Drafts, count_parameters
 from lamplighter_builder.evaluation import Reference, evaluation_windows
 from lamplighter_builder.graph import FloatArray
@@ -45,20 +45,12 @@ from lamplighter_builder.quantization.blockwise import BlockFormat, QuantizedMat
 from lamplighter_builder.quantization.gptq import quantize_gptq
 from lamplighter_builder.quantization.least_squares import quantize_least_squares
 from lamplighter_builder.quantization.rtn import quantize_rtn
+from lamplighter_builder.quantization.scheme import Quantizer
 from lamplighter_builder.runner import Runner
 from lamplighter_builder.sources import open_checkpoint
+from lamplighter_builder.terminal_progress import TerminalProgress
 
 SIZES_MB = (90.0, 105.0, 120.0)
-
-
-def rtn(weight: FloatArray, block_format: BlockFormat, _hessian: FloatArray) -> QuantizedMatrix:
-    """Round to nearest."""
-    return quantize_rtn(weight, block_format)
-
-
-def least_squares(weight: FloatArray, block_format: BlockFormat, _hessian: FloatArray) -> QuantizedMatrix:
-    """Search for scales, all features alike."""
-    return quantize_least_squares(weight, block_format)
 
 
 def weighted(weight: FloatArray, block_format: BlockFormat, hessian: FloatArray) -> QuantizedMatrix:
@@ -68,24 +60,32 @@ def weighted(weight: FloatArray, block_format: BlockFormat, hessian: FloatArray)
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table; ``bits`` are the formats that a size may choose from, empty without a size."""
+    """A row of the table.
+
+    Attributes:
+        name: What the table calls it.
+        rounds: Quantizes a matrix by itself, or None.
+        listens: Quantizes a matrix by the Hessian of its inputs, where ``rounds`` is None.
+        bits: Those of the formats that a size may choose from, empty without a size.
+    """
 
     name: str
-    quantizer: MatrixQuantizer
+    rounds: Quantizer | None = None
+    listens: MatrixQuantizer = quantize_gptq
     bits: tuple[int, ...] = ()
 
 
 ALONE = (
-    Method("rtn", rtn),
-    Method("least squares", least_squares),
-    Method("least squares, weighted by activations", weighted),
-    Method("gptq", quantize_gptq),
+    Method("rtn", quantize_rtn),
+    Method("least squares", quantize_least_squares),
+    Method("least squares, weighted by activations", listens=weighted),
+    Method("gptq"),
 )
 TOGETHER = (
-    Method("formats by size (4, 8 bits), rtn", rtn, (4, 8)),
-    Method("formats by size (4, 8 bits), gptq", quantize_gptq, (4, 8)),
-    Method("formats by size (4, 5, 6, 8 bits), rtn", rtn, (4, 5, 6, 8)),
-    Method("formats by size (4, 5, 6, 8 bits), gptq", quantize_gptq, (4, 5, 6, 8)),
+    Method("formats by size (4, 8 bits), rtn", quantize_rtn, bits=(4, 8)),
+    Method("formats by size (4, 8 bits), gptq", bits=(4, 8)),
+    Method("formats by size (4, 5, 6, 8 bits), rtn", quantize_rtn, bits=(4, 5, 6, 8)),
+    Method("formats by size (4, 5, 6, 8 bits), gptq", bits=(4, 5, 6, 8)),
 )
 
 
@@ -134,15 +134,16 @@ class Bench:
             formats = fit_formats(choices, lambda chosen: self.drafts.measure(scheme_of(chosen)), budget)
         with tempfile.TemporaryDirectory() as directory:
             folder = Path(directory)
-            store = MatrixStore(folder)
             started = time.monotonic()
-            quantizer = self.listener.with_quantizer(method.quantizer)
-            by_source = {name: formats[matrix.path] for matrix in matrices for name in matrix.sources}
-            quantizer.quantize(by_source, self.sensitivities, store)
-            took = time.monotonic() - started
-            _, graph = self.drafts.make(scheme_of(formats))
-            weights = CalibratedWeights(self.checkpoint, store)
+            weights: WeightSource = self.checkpoint
+            if method.rounds is None:
+                store = MatrixStore(folder)
+                by_source = {name: formats[matrix.path] for matrix in matrices for name in matrix.sources}
+                self.listener.with_quantizer(method.listens).quantize(by_source, self.sensitivities, store)
+                weights = CalibratedWeights(self.checkpoint, store)
+            _, graph = self.drafts.make(scheme_of(formats, method.rounds or quantize_least_squares))
             regions = write_weights(graph, weights, self.target, folder / WEIGHTS_NAME, self.progress)
+            took = time.monotonic() - started
             write_graph(graph, regions, self.target, self.facts, folder / MODEL_NAME)
             megabytes = sum((folder / name).stat().st_size for name in (MODEL_NAME, WEIGHTS_NAME)) / 1e6
             runner = Runner(folder / MODEL_NAME)

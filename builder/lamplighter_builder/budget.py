@@ -14,7 +14,7 @@ from lamplighter_builder.quantization.allocation import CANDIDATES, PLAIN, Bound
 from lamplighter_builder.quantization.blockwise import BlockFormat
 from lamplighter_builder.quantization.least_squares import quantize_least_squares
 from lamplighter_builder.quantization.report import Alternative
-from lamplighter_builder.quantization.scheme import MatrixRecipe, Scheme
+from lamplighter_builder.quantization.scheme import MatrixRecipe, Quantizer, Scheme
 
 _CURVE_POINTS: Final = 12
 _SMALL: Final = 1.2
@@ -133,14 +133,16 @@ def _formats(chosen: Mapping[str, Choice]) -> dict[str, BlockFormat]:
     return {path: choice.format for path, choice in chosen.items()}
 
 
-def scheme_of(formats: Mapping[str, BlockFormat]) -> Scheme:
-    """Return the scheme of chosen formats by path; what has not been calibrated is quantized by least squares.
+def scheme_of(formats: Mapping[str, BlockFormat], quantize: Quantizer = quantize_least_squares) -> Scheme:
+    """Return the scheme of chosen formats by path.
 
-    A path without a format is a matrix that no format fits: the plain one does not either.
+    Args:
+        formats: A path without one is a matrix that no format fits: the plain one does not either.
+        quantize: What becomes of a matrix that has not been calibrated.
     """
 
     def recipe(path: str) -> MatrixRecipe:
         block_format = formats.get(path, PLAIN)
-        return MatrixRecipe(block_format, lambda weight: quantize_least_squares(weight, block_format))
+        return MatrixRecipe(block_format, lambda weight: quantize(weight, block_format))
 
     return recipe
