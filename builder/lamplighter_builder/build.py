@@ -143,17 +143,20 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
     options.quantization.check(options.precision, options.execution_provider)
     outline = make_outline(checkpoint, options)
     warn_of_unused_sampling(checkpoint.generation_config, progress)
-    expect_course(outline, options, progress)
     check_comparable(checkpoint, outline, options)
+    heard = calibration_windows(outline, options)
+    expect_course(outline, options, heard, progress)
     target, facts = outline.target, outline.facts
     with ExitStack() as stack:
         writer = stack.enter_context(PackageWriter(options.output))
         graph = outline.graph
         weights: WeightSource = checkpoint
         calibrated: Calibrated | None = None
-        if options.quantization.quantizer == "gptq":
+        if heard is not None:
             scratch = stack.enter_context(TemporaryDirectory(prefix=".calibration-", dir=options.output.parent))
-            calibrated = calibrate(checkpoint, outline, options, Path(scratch), progress)
+            budget = options.quantization.budget(facts.parameters)
+            calibrator = Calibrator(checkpoint, heard, progress)
+            calibrated = calibrator.quantize_within(budget, graph, outline.drafts.measure, Path(scratch))
             graph, weights = outline.drafts.make(calibrated.scheme)[1], calibrated.weights
         regions = write_weights(graph, weights, target, writer.directory / WEIGHTS_NAME, progress)
         written = write_graph(graph, regions, target, facts, writer.directory / MODEL_NAME)
@@ -161,7 +164,6 @@ def build_package(checkpoint: Checkpoint, options: BuildOptions, progress: Progr
         memory = outline.memory(graph)
         examination = Examination()
         if runs_here(target, memory):
-            heard = None if calibrated is None else calibrated.windows
             examination = examine_written(writer, checkpoint, outline, options, progress, heard)
         if examination.fidelity is not None:
             check_fidelity(examination.fidelity, options.max_kl)
@@ -208,13 +210,14 @@ def make_outline(checkpoint: Checkpoint, options: BuildOptions) -> Outline:
     return Outline(target, drafts, graph, facts, files, tokenizer, generation, chat_format)
 
 
-def expect_course(outline: Outline, options: BuildOptions, progress: Progress) -> None:
-    """Tell ``progress`` which stages will come."""
+def expect_course(outline: Outline, options: BuildOptions, heard: TokenArray | None, progress: Progress) -> None:
+    """Tell ``progress`` which stages will come; ``heard`` are the tokens of the calibration, None without one."""
     quantization = options.quantization
     progress.expect(
         expected_course(
             options.precision,
             quantization.quantizer,
+            heard_tokens=0 if heard is None else heard.size,
             sized=quantization.budget(outline.facts.parameters) is not None,
             runs=runs_here(outline.target, outline.memory(outline.graph)),
             compares=options.measure_fidelity,
@@ -233,20 +236,16 @@ def check_comparable(checkpoint: Checkpoint, outline: Outline, options: BuildOpt
         reference_config(checkpoint.config)
 
 
-def calibrate(
-    checkpoint: Checkpoint, outline: Outline, options: BuildOptions, scratch: Path, progress: Progress
-) -> Calibrated:
-    """Quantize the matrices on calibration text, within the bound of the options if there is one.
+def calibration_windows(outline: Outline, options: BuildOptions) -> TokenArray | None:
+    """Return the tokens to listen to, int64 [windows, tokens]; None where the quantizer does not listen.
 
     Raises:
-        ConfigError: If there is too little text, or the bound is below what four bits a weight need.
-        UnsupportedModelError: If the architecture cannot be calibrated.
+        ConfigError: If a text cannot be read, there is too little, or it is what fidelity is reported on.
     """
     quantization = options.quantization
-    tokens = calibration_tokens(quantization.calibration, outline.tokenizer, outline.chat_format, outline.facts)
-    budget = quantization.budget(outline.facts.parameters)
-    calibrator = Calibrator(checkpoint, tokens, progress)
-    return calibrator.quantize_within(budget, outline.graph, outline.drafts.measure, scratch)
+    if quantization.quantizer != "gptq":
+        return None
+    return calibration_tokens(quantization.calibration, outline.tokenizer, outline.chat_format, outline.facts)
 
 
 def write_texts(writer: PackageWriter, checkpoint: Checkpoint, outline: Outline, written: onnx.ModelProto) -> None:

@@ -54,6 +54,8 @@ _HEAD_ROWS: Final = 512
 _MAX_STATE_BYTES: Final = 1 << 30
 """Most bytes of layer inputs kept for the gradients."""
 
+_BACKWARD_WORK: Final = 5
+"""Time of a layer's gradients, with the run before them and what is made of its activations; that of its run is 1."""
 
 MatrixQuantizer = Callable[[FloatArray, BlockFormat, FloatArray], QuantizedMatrix]
 
@@ -137,14 +139,12 @@ class Calibrated:
         scheme: Their formats.
         matrices: What became of each.
         alternatives: Expected divergence at other sizes; empty where no size was asked for.
-        windows: The tokens that were listened to, int64 [windows, tokens].
     """
 
     weights: CalibratedWeights
     scheme: Scheme
     matrices: list[MatrixReport]
     alternatives: list[Alternative]
-    windows: TokenArray
 
 
 class Calibrator:
@@ -217,7 +217,7 @@ class Calibrator:
         errors = self.quantize(by_source, sensitivities, store)
         reports = [_report(matrix, formats[matrix.path], errors, self._checkpoint) for matrix in matrices]
         weights = CalibratedWeights(self._checkpoint, store)
-        return Calibrated(weights, scheme_of(formats), reports, alternatives, self._tokens.numpy())
+        return Calibrated(weights, scheme_of(formats), reports, alternatives)
 
     def _check_heard(self, matrices: Sequence[PackedMatrix]) -> None:
         heard = {f"{path}.weight" for path in self._model.linear_layers} | {_EMBEDDING, _HEAD}
@@ -230,10 +230,9 @@ class Calibrator:
 
     def listen(self) -> dict[str, Sensitivity]:
         """Measure the sensitivity of every matrix that the decoder or the head multiplies by, by checkpoint tensor."""
-        self._progress.stage("calibration: listening", 2 * self._model.layer_count)
+        self._progress.stage("calibration: listening", (1 + _BACKWARD_WORK) * self._model.layer_count)
         found: dict[str, Sensitivity] = {}
-        recording = self._model.record(self._model.embedding(self._tokens))
-        self._progress.advance(self._model.layer_count)
+        recording = self._model.record(self._model.embedding(self._tokens), done=lambda: self._progress.advance(1))
         states = recording.states.detach()
         gradient, head_weights = self._through_head(states.flatten(0, 1))
         self._head_hessian = weighted_hessian(states.flatten(0, 1), head_weights)
@@ -243,7 +242,10 @@ class Calibrator:
             weights = output_gradient.square().mean(dim=1)
             found[f"{path}.weight"] = Sensitivity.of(x, weights, weighted_hessian(x, weights))
 
-        embedded = self._model.backward(recording, gradient.view_as(states), observe, lambda: self._progress.advance(1))
+        def done() -> None:
+            self._progress.advance(_BACKWARD_WORK)
+
+        embedded = self._model.backward(recording, gradient.view_as(states), observe, done)
         # A looked-up row is one of many: an error in any of them counts by how often it is read.
         table = self._checkpoint.tensors[_EMBEDDING].shape
         looked_up = (embedded.flatten(0, 1).square().mean(dim=0) / table[0]).numpy()

@@ -1,4 +1,8 @@
-"""How long the stages of a build take compared with each other, so that it can tell how much time is left in all."""
+"""How long the stages of a build take compared with each other, so that it can tell how much time is left in all.
+
+The unit is what the checkpoint takes to read a token in float32. Work on weights that no token goes through is told in
+that unit as well: both grow with the number of weights.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +10,51 @@ from typing import Final
 
 from lamplighter_builder.precision import PrecisionName, QuantizerName
 
-_FLOAT_WEIGHTS: Final = 8.0
-_WEIGHTS: Final[dict[QuantizerName, float]] = {"rtn": 15.0, "least-squares": 45.0, "gptq": 8.0}
-_CALIBRATION: Final = {"calibration: listening": 60.0, "calibration: weighing": 30.0, "calibration: rounding": 90.0}
-_RUN: Final = {"loading": 1.0, "cache scales": 8.0, "self-test": 3.0}
+_FLOAT_WEIGHTS: Final = 100.0
+_WEIGHTS: Final[dict[QuantizerName, float]] = {"rtn": 200.0, "least-squares": 1500.0, "gptq": 200.0}
+
+_LISTENING: Final = 6.0
+_ROUNDING: Final = 2.5
+"""For each token that is listened to."""
+
+_WEIGHING: Final = 1000.0
+_ROUNDING_WEIGHTS: Final = 5000.0
+
+_RUN: Final = {"loading": 100.0, "cache scales": 1000.0, "self-test": 300.0}
+_CACHE_SCALES_HEARD: Final = 2000.0
 _FIDELITY: Final = {
-    "fidelity: answers": 10.0,
-    "fidelity: reference": 25.0,
-    "fidelity: package": 30.0,
-    "fidelity: level 1": 10.0,
+    "fidelity: answers": 1500.0,
+    "fidelity: reference": 2500.0,
+    "fidelity: package": 2000.0,
+    "fidelity: level 1": 1000.0,
+    "fidelity: int8 cache": 1000.0,
 }
-_FILES: Final = {"hashing": 1.0, "source hashes": 1.0}
-"""Shares of a build of Phi-3.5-mini's shape to INT4 on two cores; calibration comes on top of them."""
+_FILES: Final = {"hashing": 50.0, "source hashes": 100.0}
 
 
 def expected_course(
-    precision: PrecisionName, quantizer: QuantizerName, *, sized: bool, runs: bool, compares: bool
+    precision: PrecisionName, quantizer: QuantizerName, *, heard_tokens: int, sized: bool, runs: bool, compares: bool
 ) -> dict[str, float]:
-    """Return the stages of a build with their shares of the time.
+    """Return the stages of a build in their order, with their shares of the time.
 
     Args:
         precision: Of the weights.
         quantizer: How matrices are rounded.
+        heard_tokens: Tokens that a calibration listens to, 0 without one.
         sized: True if formats are chosen for a bound.
         runs: True if the package is run for its self-tests.
         compares: True if it is compared with the checkpoint besides.
     """
-    quantizes = precision in ("int4", "int8")
-    course = {"weights": _WEIGHTS[quantizer] if quantizes else _FLOAT_WEIGHTS}
-    if quantizer == "gptq":
-        course |= {title: share for title, share in _CALIBRATION.items() if sized or "weighing" not in title}
+    course = {}
+    if heard_tokens:
+        course["calibration: listening"] = _LISTENING * heard_tokens
+        if sized:
+            course["calibration: weighing"] = _WEIGHING
+        course["calibration: rounding"] = _ROUNDING * heard_tokens + _ROUNDING_WEIGHTS
+    course["weights"] = _WEIGHTS[quantizer] if precision in ("int4", "int8") else _FLOAT_WEIGHTS
     if runs:
         course |= _RUN
+        if heard_tokens:
+            course["cache scales"] += _CACHE_SCALES_HEARD
         course |= _FIDELITY if compares else {}
     return course | _FILES

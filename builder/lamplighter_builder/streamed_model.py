@@ -123,15 +123,21 @@ class StreamedModel:
             visit: Is given every linear layer.
             done: Called after each decoder layer.
         """
-        with torch.no_grad(), ExitStack() as hooks:
-            for layer in self._layers:
-                hooks.callback(layer.register_forward_hook(lambda *_: done()).remove)
+        with torch.no_grad(), self._after_layers(done), ExitStack() as hooks:
             if visit is not None:
                 for path, module in self._linear.items():
                     hook = module.register_forward_pre_hook(_before(path, visit))
                     hooks.callback(hook.remove)
             states: torch.Tensor = self._decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return states
+
+    @contextmanager
+    def _after_layers(self, done: Callable[[], None]) -> Iterator[None]:
+        """Call ``done`` after each decoder layer meanwhile."""
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                hooks.callback(layer.register_forward_hook(lambda *_: done()).remove)
+            yield
 
     def forget_embedding(self) -> None:
         """Give the embedding's memory back, unless the head shares it: only ``logits`` works afterwards."""
@@ -143,10 +149,15 @@ class StreamedModel:
         logits: torch.Tensor = self.head(states)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
-    def record(self, embedded: torch.Tensor) -> Recording:
-        """Run the decoder and keep what ``backward`` needs: the input of every layer."""
+    def record(self, embedded: torch.Tensor, *, done: Callable[[], None] = lambda: None) -> Recording:
+        """Run the decoder and keep what ``backward`` needs: the input of every layer.
+
+        Args:
+            embedded: The tokens.
+            done: Called after each decoder layer.
+        """
         self._calls.clear()
-        with torch.enable_grad():
+        with torch.enable_grad(), self._after_layers(done):
             states: torch.Tensor = self._decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
         assert self._result is not None
         recording = Recording(states, self._calls, self._result)

@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Final, TextIO
 
+from lamplighter_builder.time_left import TimeLeft
+
 _REDRAW_S: Final = 0.2
 _LINE_EVERY_S: Final = 10.0
 _BAR_WIDTH: Final = 30
-
-_KNOWN_SHARE: Final = 0.02
-"""Part of the expected work that must be done before its time tells anything."""
 
 
 class TerminalProgress:
@@ -27,21 +26,20 @@ class TerminalProgress:
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream, self._interactive, self._clock = stream, stream.isatty(), clock
         self._title, self._total, self._done = "", 0, 0
-        self._begun = self._started = self._shown = clock()
-        self._shares: dict[str, float] = {}
-        self._past = 0.0
+        self._started = self._shown = clock()
+        self._time_left: TimeLeft | None = None
 
     def expect(self, shares: Mapping[str, float]) -> None:
         """Be told which stages will come, with their shares of the time."""
-        whole = sum(shares.values())
-        self._shares, self._past = {title: share / whole for title, share in shares.items()}, 0.0
-        self._begun = self._clock()
+        self._time_left = TimeLeft(shares, self._clock())
 
     def stage(self, title: str, total: int) -> None:
         """Begin a stage of ``total`` units."""
         self.close()
         self._title, self._total, self._done = title, total, 0
         self._started = self._shown = self._clock()
+        if self._time_left is not None:
+            self._time_left.begin(title, self._started)
         self._show(force=not self._interactive)
 
     def advance(self, amount: int) -> None:
@@ -59,7 +57,6 @@ class TerminalProgress:
         """End the line of the last stage."""
         if self._title and self._interactive:
             self._stream.write("\n")
-        self._past += self._shares.pop(self._title, 0.0)
         self._title = ""
 
     def _show(self, *, force: bool) -> None:
@@ -80,12 +77,10 @@ class TerminalProgress:
 
     def _left(self, now: float, share: float) -> float | None:
         """Return the seconds left of the whole work, or of the stage; None if that is not known."""
-        if not self._shares:
-            elapsed = now - self._started
-            return elapsed / share - elapsed if 0 < share < 1 else None
-        past = self._past + self._shares.get(self._title, 0.0) * share
-        coming = self._past + sum(self._shares.values()) - past
-        return (now - self._begun) / past * coming if past >= _KNOWN_SHARE and coming > 0 else None
+        if self._time_left is not None:
+            return self._time_left.left(share, now)
+        elapsed = now - self._started
+        return elapsed / share - elapsed if 0 < share < 1 else None
 
 
 def _duration(seconds: float) -> str:

@@ -135,10 +135,10 @@ def test_time_left_is_that_of_all_stages_to_come() -> None:
     progress.stage("fidelity", 4)
     now[0] += 60.0
     progress.advance(2)
-    # 180 s for 30 parts, then 60 s for 30: four seconds a part, and 40 parts are left.
+    # 180 s for 30 parts. Then 60 s for half of a stage, so 60 for the rest; and four seconds a part for the last ten.
     lines = stream.getvalue().splitlines()
     assert lines[1:3] == ["weights: 50%, 8 min left", "weights: 100%, 3 min, 7 min left"]
-    assert lines[-1] == "fidelity: 50%, 3 min left"
+    assert lines[-1] == "fidelity: 50%, 2 min left"
 
 
 def test_time_left_is_that_of_the_stage_where_nothing_is_known_of_others() -> None:
