@@ -16,6 +16,7 @@ import msgspec
 from lamplighter_agent.errors import LamplighterError
 from lamplighter_agent.package.manifest import UNKNOWN_LICENCE
 from lamplighter_builder import __version__
+from lamplighter_builder.quantization.report import comparisons
 from lamplighter_builder.terminal_progress import TerminalProgress
 
 if TYPE_CHECKING:
@@ -282,19 +283,7 @@ def describe_fidelity(fidelity: Fidelity) -> list[str]:
     )
     if fidelity.perplexity is not None:
         line += f", perplexity {fidelity.perplexity:.2f} (reference {fidelity.reference_perplexity:.2f})"
-    lines = [f"{line}, {fidelity.tokens} tokens"]
-    if (answers := fidelity.generation) is not None:
-        lines.append(
-            f"greedy answers: {answers.agreement:.1%} of {answers.tokens} tokens as the checkpoint would choose, "
-            f"{answers.identical_answers} of {answers.prompts} answers the same throughout, "
-            f"{answers.endless_loops} in an endless loop of the package's own"
-        )
-    if (level := fidelity.accuracy_level) is not None:
-        lines.append(
-            f"accuracy level 4 instead of 1: {level.flipped:.1%} of {level.tokens} most likely tokens change, "
-            f"KL {level.kl_mean:.4f} instead of {level.level_1_kl_mean:.4f}"
-        )
-    return lines
+    return [f"{line}, {fidelity.tokens} tokens", *(f"{about}: {told}" for about, told in comparisons(fidelity).items())]
 
 
 if __name__ == "__main__":

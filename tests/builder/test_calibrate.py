@@ -174,14 +174,6 @@ def test_greedy_answers_and_accuracy_levels_are_compared(calibrated: Path) -> No
     assert json.loads((calibrated / "fidelity.json").read_text())["fidelity"]["generation"]["prompts"] == 8
 
 
-def test_report_is_a_page_that_needs_nothing_else(calibrated: Path) -> None:
-    page = (calibrated / "fidelity.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 2
-    assert "this package, " in page
-    assert "http" not in page
-    assert {"fidelity.json", "fidelity.html"} <= {entry.name for entry in manifest_of(calibrated).files}
-
-
 def test_listening_brings_a_package_closer_than_rounding(tiny_checkpoint: Path, tmp_path: Path) -> None:
     found = {}
     for quantizer in ("rtn", "gptq"):

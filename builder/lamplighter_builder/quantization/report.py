@@ -69,3 +69,21 @@ class Report:
             "alternatives": [asdict(alternative) for alternative in self.alternatives],
         }
         return json.dumps(facts, indent=1, ensure_ascii=False).encode()
+
+
+def comparisons(fidelity: Fidelity) -> dict[str, str]:
+    """Return sentences about what was compared besides predictions on the text, by what each is about."""
+    found = {}
+    if (answers := fidelity.generation) is not None:
+        found["greedy answers"] = (
+            f"{answers.agreement:.1%} of {answers.tokens} tokens as the checkpoint would choose, "
+            f"{answers.identical_answers} of {answers.prompts} answers the same throughout, "
+            f"{answers.tokens_until_difference:.0f} tokens until the first difference on average, "
+            f"{answers.endless_loops} in an endless loop of the package's own"
+        )
+    if (level := fidelity.accuracy_level) is not None:
+        found["accuracy level 4 instead of 1"] = (
+            f"{level.flipped:.1%} of {level.tokens} most likely tokens change, "
+            f"KL {level.kl_mean:.4f} instead of {level.level_1_kl_mean:.4f}"
+        )
+    return found
