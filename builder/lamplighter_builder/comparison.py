@@ -11,6 +11,7 @@ from lamplighter_agent.errors import BuildError, ChatTemplateError, ConfigError,
 from lamplighter_agent.package.chat_format import ChatFormat
 from lamplighter_agent.package.fidelity import Fidelity
 from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, MANIFEST_NAME, MODEL_NAME, TOKENIZER_NAME
+from lamplighter_agent.package.manifest import CacheScales, read_manifest
 from lamplighter_builder.chat_template import compile_chat_template
 from lamplighter_builder.checkpoint import Checkpoint, TokenizerFiles
 from lamplighter_builder.evaluation import Reference, evaluation_windows
@@ -37,7 +38,7 @@ def evaluate_packages(
         ConfigError: If the text cannot be read, is not UTF-8, or too short.
         BuildError: If a package has another vocabulary than the reference, or onnxruntime cannot load it.
         MissingFileError: If a package lacks a file.
-        PackageError: If its tokenizer cannot be read.
+        PackageError: If its tokenizer or its manifest cannot be read.
     """
     if len(set(packages)) < len(packages):
         raise ConfigError("a package is named twice", hint="name each once")
@@ -58,7 +59,8 @@ def evaluate_packages(
     results = []
     for index, load in enumerate(loaders):
         choices = reference.choices[index * len(prompts) : (index + 1) * len(prompts)]
-        results.append(reference.compare(load(), compare_answers(answers[index], choices), progress))
+        compared = compare_answers(answers[index], choices)
+        results.append(reference.compare(load(), compared, _cache_scales(packages[index]), progress))
     return results
 
 
@@ -71,6 +73,15 @@ def _loader(package: Path) -> Callable[[], Runner]:
     if not (package / MODEL_NAME).is_file():
         raise MissingFileError(f"{package}: there is no {MODEL_NAME}", hint="give the directory of a package")
     return lambda: Runner(package / MODEL_NAME)
+
+
+def _cache_scales(package: Path) -> CacheScales | None:
+    """Return the scales of a package's 8-bit cache; None where it has none, or is a model folder.
+
+    Raises:
+        PackageError: If its manifest cannot be read.
+    """
+    return read_manifest(package).cache_scales if (package / MANIFEST_NAME).is_file() else None
 
 
 def _check_vocabulary(package: Path, tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from lamplighter_agent.errors import BuildError, ConfigError, FidelityError
 from lamplighter_agent.package.fidelity import Fidelity, GenerationFidelity
+from lamplighter_agent.package.manifest import CacheScales
 from lamplighter_builder.calibrate import Calibrated
 from lamplighter_builder.checkpoint import Checkpoint
 from lamplighter_builder.generation import Answer
@@ -31,8 +32,8 @@ _MAX_WINDOWS: Final = 64
 
 
 _MIN_TOKENS: Final = 2
-_LEVEL_WINDOWS: Final = 4
-"""Windows on which accuracy levels are compared."""
+_SAMPLE_WINDOWS: Final = 4
+"""Windows on which accuracy levels and caches are compared."""
 
 _MANY_FLIPS: Final = 0.05
 """Share of changed tokens from which on a user is warned. Rounding activations changes 2 to 4 % of a small model's most
@@ -78,31 +79,43 @@ class Reference:
             row[: len(text)] = text  # what is behind a text does not change what is before it
         return self._model.run(self._model.embedding(torch.from_numpy(tokens)), done=lambda: progress.advance(1))
 
-    def compare(self, runner: Runner, generation: GenerationFidelity, progress: Progress) -> Fidelity:
+    def compare(
+        self, runner: Runner, generation: GenerationFidelity, scales: CacheScales | None, progress: Progress
+    ) -> Fidelity:
         """Compare a package with the reference.
 
         Args:
             runner: Its model, loaded.
             generation: What came of its answers.
+            scales: Of its 8-bit cache, or None where it has none.
             progress: Hears of the work.
 
         Raises:
             BuildError: If it has another vocabulary.
         """
         rows = range(len(self.windows))
-        sample = rows[:: -(-len(rows) // _LEVEL_WINDOWS)]
-        rounded, exact = Tally(), Tally()
-        tally = self.tally(runner, progress, dict.fromkeys(sample, rounded))
+        sample = rows[:: -(-len(rows) // _SAMPLE_WINDOWS)]
+        found = Tally()
+        tally = self.tally(runner, progress, dict.fromkeys(sample, found))
         fidelity = msgspec.structs.replace(tally.summary(self.name), generation=generation)
-        if not runner.has_accuracy_level():
-            return fidelity
-        progress.stage("fidelity: level 1", len(sample))
         runner.unload()
-        exact_runner = runner.with_accuracy_level(EXACT_ACTIVATIONS)
-        for index in sample:
-            self._add([exact], index, exact_runner)
+        if runner.has_accuracy_level():
+            progress.stage("fidelity: level 1", len(sample))
+            exact = self._sample(runner.with_accuracy_level(EXACT_ACTIVATIONS), sample, progress)
+            fidelity = msgspec.structs.replace(fidelity, accuracy_level=found.compare_level(exact))
+        if scales is not None:
+            progress.stage("fidelity: int8 cache", len(sample))
+            coded = self._sample(runner.with_int8_cache(scales), sample, progress)
+            fidelity = msgspec.structs.replace(fidelity, int8_cache=found.compare_cache(coded))
+        return fidelity
+
+    def _sample(self, runner: Runner, windows: Sequence[int], progress: Progress) -> Tally:
+        """Compare the predictions on some windows."""
+        tally = Tally()
+        for index in windows:
+            self._add([tally], index, runner)
             progress.advance(1)
-        return msgspec.structs.replace(fidelity, accuracy_level=rounded.compare_level(exact))
+        return tally
 
     def tally(self, runner: Runner, progress: Progress, also: Mapping[int, Tally] | None = None) -> Tally:
         """Compare a package's predictions on all windows; those of some are given to other tallies too.

@@ -76,11 +76,13 @@ def examine(subject: Subject, open_reference: OpenReference | None, progress: Pr
         facts,
         progress,
     )
-    fidelity = None if open_reference is None else _compare(subject, runner, open_reference, progress)
+    fidelity = None if open_reference is None else _compare(subject, runner, open_reference, scales, progress)
     return Examination(scales, self_tests, fidelity)
 
 
-def _compare(subject: Subject, runner: Runner, open_reference: OpenReference, progress: Progress) -> Fidelity | None:
+def _compare(
+    subject: Subject, runner: Runner, open_reference: OpenReference, scales: CacheScales | None, progress: Progress
+) -> Fidelity | None:
     prompts = [encode_prompt(prompt, subject.tokenizer, subject.chat_format) for prompt in PROMPTS]
     eos, context = frozenset(subject.generation.eos_token_ids), subject.facts.max_position_embeddings
     answers = generate_answers(runner, prompts, eos, context, progress)
@@ -89,4 +91,4 @@ def _compare(subject: Subject, runner: Runner, open_reference: OpenReference, pr
     reference = open_reference(answers)
     if reference is None:
         return None
-    return reference.compare(runner, compare_answers(answers, reference.choices), progress)
+    return reference.compare(runner, compare_answers(answers, reference.choices), scales, progress)

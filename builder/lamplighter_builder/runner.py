@@ -14,6 +14,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort
 
 from lamplighter_agent.errors import BuildError
 from lamplighter_agent.heap import trim_heap
+from lamplighter_agent.package.manifest import CacheScales
+from lamplighter_builder.cache_graph import keep_codes
 from lamplighter_builder.graph import Array, FloatArray
 
 EXACT_ACTIVATIONS: Final = 1
@@ -23,7 +25,11 @@ ROUNDED_ACTIVATIONS: Final = 4
 _ACCURACY_LEVEL: Final = "accuracy_level"
 
 IntArray = npt.NDArray[np.int64]
-_CACHE_DTYPES: Final[Mapping[str, npt.DTypeLike]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_CACHE_DTYPES: Final[Mapping[str, npt.DTypeLike]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 _LOAD_ERRORS: Final = (
     ort.Fail,
     ort.InvalidArgument,
@@ -38,7 +44,7 @@ _LOAD_ERRORS: Final = (
 class Cache(NamedTuple):
     """Tokens seen and the arrays [B, heads, offset, head_dim] of every layer, by graph input name.
 
-    The arrays are float32, or float16 in graphs for other providers than the CPU.
+    The arrays are float32, float16 in graphs for other providers than the CPU, or int8 codes.
     """
 
     offset: int
@@ -51,6 +57,7 @@ class Runner:
     Args:
         model: The model file, its weights beside it.
         accuracy_level: How ``MatMulNBits`` computes, other than the graph says; None: as it says.
+        cache_scales: Scales of an 8-bit cache; None: the cache that the graph says.
         cache_heads: Heads and features of the cache, for a graph of onnxruntime-genai, which does not say them, and
             whose windowed layers take caches of the window's length alone; None: as the graph says.
 
@@ -59,9 +66,15 @@ class Runner:
     """
 
     def __init__(
-        self, model: Path, *, accuracy_level: int | None = None, cache_heads: tuple[int, int] | None = None
+        self,
+        model: Path,
+        *,
+        accuracy_level: int | None = None,
+        cache_scales: CacheScales | None = None,
+        cache_heads: tuple[int, int] | None = None,
     ) -> None:
         self._model, self._accuracy_level, self._cache_heads = model, accuracy_level, cache_heads
+        self._cache_scales = cache_scales
         self._session: onnxruntime.InferenceSession | None = None
         session = self._loaded()
         inputs = session.get_inputs()
@@ -83,10 +96,10 @@ class Runner:
             return self._session
         options = onnxruntime.SessionOptions()
         source: str | bytes = str(self._model)
-        if self._accuracy_level is not None or self._cache_heads is not None:
+        if (self._accuracy_level, self._cache_scales, self._cache_heads) != (None, None, None):
             folder = str(self._model.parent)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-            source = _changed(self._model, self._accuracy_level)
+            source = _changed(self._model, self._accuracy_level, self._cache_scales)
         options.log_severity_level = 3
         # The arena would keep what the longest step needed, for as long as the session lives.
         options.enable_cpu_mem_arena = False
@@ -103,6 +116,14 @@ class Runner:
             BuildError: If onnxruntime cannot load the model.
         """
         return Runner(self._model, accuracy_level=accuracy_level, cache_heads=self._cache_heads)
+
+    def with_int8_cache(self, scales: CacheScales) -> Runner:
+        """Return the same model, loaded once more, with a cache of 8-bit codes.
+
+        Raises:
+            BuildError: If onnxruntime cannot load the model.
+        """
+        return Runner(self._model, cache_scales=scales, cache_heads=self._cache_heads)
 
     def has_accuracy_level(self) -> bool:
         """Tell whether the model has products that round activations to 8 bits, and could do without."""
@@ -192,14 +213,16 @@ def keep_whole_caches(model: onnx.ModelProto) -> None:
             node.attribute.remove(attribute)
 
 
-def _changed(model: Path, accuracy_level: int | None) -> bytes:
-    """Return a graph that takes whole caches and computes at an accuracy level, if one is given."""
+def _changed(model: Path, accuracy_level: int | None, cache_scales: CacheScales | None) -> bytes:
+    """Return a graph that takes whole caches, computes at an accuracy level and keeps codes, if these are given."""
     proto = onnx.load(model, load_external_data=False)
     keep_whole_caches(proto)
     for node in proto.graph.node:
         for attribute in node.attribute:
             if attribute.name == _ACCURACY_LEVEL and accuracy_level is not None:
                 attribute.i = accuracy_level
+    if cache_scales is not None:
+        keep_codes(proto, cache_scales)
     data: bytes = proto.SerializeToString()
     return data
 

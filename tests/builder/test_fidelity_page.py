@@ -90,4 +90,4 @@ def test_build_without_calibration_has_a_page_without_plots(tiny_checkpoint: Pat
     package = build(tiny_checkpoint, tmp_path / "package")
     page = ElementTree.fromstring((package / "fidelity.html").read_text(encoding="utf-8"))
     assert list(page.iter("svg")) == []
-    assert "accuracy level 4 instead of 1" in texts(page)
+    assert "int8 cache instead of float32" in texts(page)

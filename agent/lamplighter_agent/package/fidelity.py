@@ -43,6 +43,22 @@ class AccuracyLevelFidelity(msgspec.Struct, frozen=True, kw_only=True):
     level_1_kl_mean: float
 
 
+class CacheFidelity(msgspec.Struct, frozen=True, kw_only=True):
+    """What it changes that the cache holds 8-bit codes (``cache_scales``) instead of float32.
+
+    Attributes:
+        tokens: Positions compared.
+        flipped: Share of them whose most likely token is another one with a float32 cache.
+        kl_mean: Mean divergence from the reference at these positions with an int8 cache, nats a token.
+        float32_kl_mean: The same with a float32 cache.
+    """
+
+    tokens: Positive
+    flipped: float
+    kl_mean: float
+    float32_kl_mean: float
+
+
 class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
     """How far the package is from its reference on held-out text.
 
@@ -53,6 +69,7 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
         reference: What was compared with.
         generation: Greedy answers, if some were compared.
         accuracy_level: What rounding activations changes, if the package has a choice.
+        int8_cache: What an int8 cache changes, if the package has scales for one.
     """
 
     kl_mean: float
@@ -65,3 +82,4 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
     reference_perplexity: float | None = None
     generation: GenerationFidelity | None = None
     accuracy_level: AccuracyLevelFidelity | None = None
+    int8_cache: CacheFidelity | None = None

@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from lamplighter_agent.package.fidelity import AccuracyLevelFidelity, Fidelity
+from lamplighter_agent.package.fidelity import AccuracyLevelFidelity, CacheFidelity, Fidelity
 from lamplighter_builder.quantization.blockwise import FloatArray
 from lamplighter_builder.quantization.calibration import TokenArray
 
@@ -58,12 +58,24 @@ class Tally:
         Raises:
             ValueError: If there is no position.
         """
-        chosen, chosen_exactly = torch.cat(self._chosen), torch.cat(exact._chosen)
         return AccuracyLevelFidelity(
-            tokens=len(chosen),
-            flipped=float((chosen != chosen_exactly).double().mean()),
-            kl_mean=float(torch.cat(self._divergences).mean()),
-            level_1_kl_mean=float(torch.cat(exact._divergences).mean()),
+            tokens=self.tokens,
+            flipped=self._flipped(exact),
+            kl_mean=self._kl_mean(),
+            level_1_kl_mean=exact._kl_mean(),
+        )
+
+    def compare_cache(self, coded: Tally) -> CacheFidelity:
+        """Compare with a tally of the same positions, with a cache of 8-bit codes.
+
+        Raises:
+            ValueError: If there is no position.
+        """
+        return CacheFidelity(
+            tokens=self.tokens,
+            flipped=self._flipped(coded),
+            kl_mean=coded._kl_mean(),
+            float32_kl_mean=self._kl_mean(),
         )
 
     def summary(self, reference: str) -> Fidelity:
@@ -77,7 +89,7 @@ class Tally:
         """
         divergences = torch.cat(self._divergences)
         return Fidelity(
-            kl_mean=float(divergences.mean()),
+            kl_mean=self._kl_mean(),
             kl_median=float(divergences.median()),
             kl_p99=float(divergences.quantile(0.99)),
             top1_agreement=self._agreed / len(divergences),
@@ -86,6 +98,13 @@ class Tally:
             tokens=len(divergences),
             reference=reference,
         )
+
+    def _kl_mean(self) -> float:
+        return float(torch.cat(self._divergences).mean())
+
+    def _flipped(self, other: Tally) -> float:
+        """Return the share of positions with another most likely token in a tally of the same positions."""
+        return float((torch.cat(self._chosen) != torch.cat(other._chosen)).double().mean())
 
 
 def _perplexity(losses: list[torch.Tensor]) -> float | None:

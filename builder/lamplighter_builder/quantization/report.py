@@ -86,4 +86,9 @@ def comparisons(fidelity: Fidelity) -> dict[str, str]:
             f"{level.flipped:.1%} of {level.tokens} most likely tokens change, "
             f"KL {level.kl_mean:.4f} instead of {level.level_1_kl_mean:.4f}"
         )
+    if (cache := fidelity.int8_cache) is not None:
+        found["int8 cache instead of float32"] = (
+            f"{cache.flipped:.1%} of {cache.tokens} most likely tokens change, "
+            f"KL {cache.kl_mean:.4f} instead of {cache.float32_kl_mean:.4f}"
+        )
     return found
