@@ -44,8 +44,9 @@ from lamplighter_agent.engine.params import GenerationParams  # noqa: E402
 from lamplighter_agent.errors import DownloadError  # noqa: E402
 from lamplighter_agent.package.hashing import digest_file, verify_file  # noqa: E402
 from lamplighter_agent.package.manifest import FileEntry  # noqa: E402
-from lamplighter_agent.service.admission import GenerationRequest, RequestQueue  # noqa: E402
+from lamplighter_agent.service.admission import RequestQueue  # noqa: E402
 from lamplighter_agent.service.runner import PackageRunner  # noqa: E402
+from lamplighter_agent.service.ticket import GenerationRequest  # noqa: E402
 from lamplighter_agent.service.worker import WorkerSpec  # noqa: E402
 from lamplighter_agent.service.worker_messages import Prompt  # noqa: E402
 from lamplighter_agent.update.downloader import Downloader, DownloadOptions, HttpSource  # noqa: E402

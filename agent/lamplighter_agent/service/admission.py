@@ -12,99 +12,28 @@ import itertools
 import logging
 import time
 from collections import OrderedDict, deque
-from typing import Final, TypeAlias
+from typing import Final
 
 import msgspec
 
 from lamplighter_agent.config import RequestsConfig
-from lamplighter_agent.engine.events import Finished, TextDelta
+from lamplighter_agent.engine.events import Finished
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import EngineError, LamplighterError, RequestError
 from lamplighter_agent.service.answers import Answer, Parts
 from lamplighter_agent.service.counters import Counters
+from lamplighter_agent.service.ticket import GenerationRequest, Ticket
 from lamplighter_agent.service.token_bucket import TokenBuckets
 from lamplighter_agent.service.worker import EngineWorker
-from lamplighter_agent.service.worker_messages import Prompt
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL: Final = "default"
 MAX_REMEMBERED: Final = 4096
+MAX_HELD_TOKENS: Final = 131_072
 _RETRY_AFTER_S: Final = 2.0
 _MOST_RETRY_AFTER_S: Final = 60.0
 _SMOOTHING: Final = 0.2
-
-
-class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as transports hand it in.
-
-    Attributes:
-        id: The asker's name for it.
-        sender: Where the answer goes; ids of different senders are unrelated.
-        client: Who asked, for the limit on how much one may ask; None: the sender.
-        prompt: What to answer.
-        params: Generation options, without a deadline.
-        model: ``name`` or ``name/version`` that must be the active package; None or ``default`` takes any.
-        deadline_s: Seconds from now within which it must be finished, or None for the configured time.
-        embed: Not an answer is wanted but the prompt's embedding.
-        idempotent: Answer the same id of the same sender only once until its deadline is over.
-        is_part: It belongs to what one request asked for and has been counted against the client's limit.
-    """
-
-    id: str
-    sender: str
-    client: str | None = None
-    prompt: Prompt
-    params: GenerationParams
-    model: str | None = None
-    deadline_s: float | None = None
-    embed: bool = False
-    idempotent: bool = False
-    is_part: bool = False
-
-
-Event: TypeAlias = TextDelta | Answer
-
-
-class Ticket:
-    """An accepted request. Iterate it to its end, or call ``cancel`` when the asker has left."""
-
-    def __init__(self, request: GenerationRequest, number: str, queue: RequestQueue) -> None:
-        self.request = request
-        self.number = number
-        self.arrived_s = time.monotonic()
-        self.worker: EngineWorker | None = None
-        self.cancelled = False
-        self._queue = queue
-        # Bounded by the request's max_tokens: a slow reader costs at most the length of its answer.
-        self._events: asyncio.Queue[Event | LamplighterError] = asyncio.Queue()
-        self._over = False
-
-    def __aiter__(self) -> Ticket:
-        return self
-
-    async def __anext__(self) -> Event:
-        """Return the next event.
-
-        Raises:
-            RequestError: If the request was refused late, cancelled while it waited (499) or expired (408).
-            EngineError: If the engine failed or was lost.
-        """
-        if self._over:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        self._over = not isinstance(event, TextDelta)
-        if isinstance(event, LamplighterError):
-            raise event
-        return event
-
-    def cancel(self) -> None:
-        """End the request; without effect once it is over."""
-        self._queue.cancel_ticket(self)
-
-    def put(self, event: Event | LamplighterError) -> None:
-        """Hand an event to the reader."""
-        self._events.put_nowait(event)
 
 
 class RequestQueue:
@@ -194,7 +123,7 @@ class RequestQueue:
             self.counters.refused += 1
             raise
         self.counters.accepted += 1
-        ticket = Ticket(request, str(next(self._numbers)), self)
+        ticket = Ticket(request, str(next(self._numbers)), self.cancel_ticket)
         deadline_s = self._deadline_s(request)
         if request.idempotent:
             self._remember(request, ticket.arrived_s + deadline_s)
@@ -259,7 +188,7 @@ class RequestQueue:
         waited_s = time.monotonic() - ticket.arrived_s
         params = msgspec.structs.replace(
             request.params,
-            max_tokens=request.params.max_tokens or self._config.max_tokens,
+            max_tokens=min(request.params.max_tokens or self._config.max_tokens, most_tokens(request.params)),
             deadline_s=ticket.arrived_s + self._deadline_s(request),
         )
         parts = Parts()
@@ -361,6 +290,12 @@ class RequestQueue:
         self._remembered[key] = (_digest(request), until_s)
         while len(self._remembered) > MAX_REMEMBERED:
             self._remembered.popitem(last=False)
+
+
+def most_tokens(params: GenerationParams) -> int:
+    """Return the most tokens of one answer: until its end all of them are held, and what is told about each."""
+    told = 1 if params.logprobs is None else 2 + params.logprobs
+    return MAX_HELD_TOKENS // (params.n * told)
 
 
 def _cancelled() -> RequestError:

@@ -20,7 +20,7 @@ from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import LamplighterError, RequestError
 from lamplighter_agent.service import metrics
-from lamplighter_agent.service.admission import GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.answers import Answer
 from lamplighter_agent.service.memory_view import MemoryReport
 from lamplighter_agent.service.messages import TelemetryMessage
@@ -35,6 +35,7 @@ from lamplighter_agent.service.openai_format import (
     decode_body,
     error_object,
 )
+from lamplighter_agent.service.ticket import GenerationRequest, Ticket
 from lamplighter_agent.service.worker import EngineWorker
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Final
 from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.errors import LamplighterError, RequestError
-from lamplighter_agent.service.admission import GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.answer_memory import AnswerMemory
 from lamplighter_agent.service.answers import Answer
 from lamplighter_agent.service.delta_batch import DeltaBatches
@@ -21,6 +21,7 @@ from lamplighter_agent.service.mqtt import MqttConnection
 from lamplighter_agent.service.mqtt_actions import Return
 from lamplighter_agent.service.mqtt_replies import Replies, id_of
 from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Subscription
+from lamplighter_agent.service.ticket import GenerationRequest, Ticket
 from lamplighter_agent.service.topics import Topics
 from lamplighter_agent.service.worker_messages import Prompt
 

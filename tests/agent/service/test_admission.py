@@ -9,10 +9,14 @@ import msgspec
 import pytest
 
 from lamplighter_agent.config import RequestsConfig
+from lamplighter_agent.engine.events import TextDelta
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import RequestError
-from lamplighter_agent.service.admission import GenerationRequest, RequestQueue, Ticket
+from lamplighter_agent.service import admission
+from lamplighter_agent.service import ticket as ticket_module
+from lamplighter_agent.service.admission import RequestQueue, most_tokens
 from lamplighter_agent.service.answers import Answer
+from lamplighter_agent.service.ticket import GenerationRequest, Ticket
 from lamplighter_agent.service.worker import EngineWorker, WorkerSpec
 from lamplighter_agent.service.worker_messages import Prompt
 from support.workers import running
@@ -90,6 +94,40 @@ def test_the_deadline_counts_from_arrival_and_ends_the_answer(spec: WorkerSpec) 
         assert answer.text.startswith("slow")
 
     with_queue(spec, scenario)
+
+
+def test_an_answer_that_nobody_reads_ends_and_is_bounded(spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ticket_module, "MAX_UNREAD", 50)
+
+    async def scenario(queue: RequestQueue, _: EngineWorker) -> None:
+        unread = queue.submit(request("/count 2000"))
+        following = await finish(queue.submit(request("next", "next")))
+        assert following.text == "You said: next"
+        assert unread is not None
+        for _piece in range(50):
+            assert isinstance(await anext(unread), TextDelta)
+        with pytest.raises(RequestError, match="50 pieces of the answer were left unread") as caught:
+            await anext(unread)
+        assert caught.value.code == 499
+
+    with_queue(spec, scenario)
+
+
+def test_an_answer_has_a_most_length_whatever_is_asked_for(spec: WorkerSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission, "MAX_HELD_TOKENS", 60)
+
+    async def scenario(queue: RequestQueue, _: EngineWorker) -> None:
+        params = GenerationParams(max_tokens=10**9)
+        answer = await finish(queue.submit(request("/count 2000", params=params)))
+        assert (answer.usage.generated_tokens, answer.finish_reason) == (60, "length")
+
+    with_queue(spec, scenario)
+
+
+def test_log_probabilities_and_several_answers_make_the_most_length_shorter() -> None:
+    assert most_tokens(GenerationParams()) == 131_072
+    assert most_tokens(GenerationParams(logprobs=0)) == 65_536
+    assert most_tokens(GenerationParams(logprobs=20, n=2)) == 131_072 // 44
 
 
 def test_cancel_by_id_respects_the_sender(spec: WorkerSpec) -> None:

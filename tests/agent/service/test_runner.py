@@ -17,9 +17,10 @@ from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.errors import IncompatiblePackageError, RequestError, WorkerError
 from lamplighter_agent.package.manifest import Manifest
 from lamplighter_agent.service import runner as runner_module
-from lamplighter_agent.service.admission import GenerationRequest, RequestQueue
+from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.answers import Answer
 from lamplighter_agent.service.runner import PackageRunner
+from lamplighter_agent.service.ticket import GenerationRequest
 from lamplighter_agent.service.worker import WorkerSpec
 from lamplighter_agent.service.worker_messages import Prompt
 from support.cgroups import memory_group
