@@ -86,6 +86,7 @@ def test_fleet_imports_of_the_agent_only_formats_and_messages(path: Path) -> Non
         "package",
         "service.messages",
         "service.message_codec",
+        "service.mqtt_bounds",
         "update.states",
         "update.downgrade",
         "__version__",

@@ -21,6 +21,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from lamplighter_agent.errors import ConfigError, ServiceError
 from lamplighter_agent.service.messages import Topics
+from lamplighter_agent.service.mqtt_bounds import MAX_PACKET_BYTES, BoundedClient
 
 MAX_INBOX: Final = 10_000
 _KEEPALIVE_S: Final = 30
@@ -160,7 +161,9 @@ class Broker:
         options = self._options
         where = f"the broker {options.host}:{options.port}"
         try:
-            self._client.connect(options.host, options.port, _KEEPALIVE_S, clean_start=True)
+            self._client.connect(
+                options.host, options.port, _KEEPALIVE_S, clean_start=True, properties=_connect_properties()
+            )
         except (OSError, ValueError) as error:
             raise ServiceError(
                 f"cannot reach {where}: {error}", hint="is it running, and are --host and --port right?"
@@ -175,9 +178,9 @@ class Broker:
         self._client.disconnect()
         self._client.loop_stop()
 
-    def _make_client(self) -> paho.Client:
+    def _make_client(self) -> BoundedClient:
         options = self._options
-        client = paho.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
+        client = BoundedClient(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
         client.suppress_exceptions = True  # an exception in a callback would end paho's thread
         client.connect_timeout = options.timeout_s
         client.reconnect_delay_set(1, 10)
@@ -213,6 +216,8 @@ class Broker:
         self._subscribed.release()
 
     def _on_message(self, _client: paho.Client, _data: Any, message: paho.MQTTMessage) -> None:  # noqa: ANN401
+        if self._client.flooded:
+            return  # no agent sends such properties, and they may hold whom the message is for
         received = Message(message.topic, bytes(message.payload), message.retain)
         try:
             self._inbox.put_nowait(received)
@@ -235,6 +240,12 @@ def connect(options: BrokerOptions) -> Iterator[Broker]:
         yield broker
     finally:
         broker.close()
+
+
+def _connect_properties() -> Properties:
+    properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+    properties.MaximumPacketSize = MAX_PACKET_BYTES
+    return properties
 
 
 def _tls_context(options: BrokerOptions) -> ssl.SSLContext:

@@ -33,6 +33,7 @@ from lamplighter_fleet.devices import FleetView, find_devices, list_devices
 from lamplighter_fleet.prompt import ask_device, ask_group
 from lamplighter_fleet.push import push_all, silence
 from lamplighter_fleet.terminal import Board, change_line, clock, device_table, outcome_line, report_line, summary
+from lamplighter_fleet.untrusted import plain, prose, safe_json
 from lamplighter_fleet.watch import follow
 
 _MIB = 1024 * 1024
@@ -154,8 +155,7 @@ def push_package(arguments: argparse.Namespace) -> int:
     if arguments.device is not None and not outcomes[0].ended:
         raise ServiceError(silence(outcomes[0], arguments.timeout), hint="the wish stays: the device may follow it")
     if arguments.json:  # one device: its report; several: a list of devices with their reports
-        told = outcomes if arguments.device is None else outcomes[0].report
-        print(msgspec.json.encode(told).decode())
+        _print_json(outcomes if arguments.device is None else outcomes[0].report)
     active = [outcome for outcome in outcomes if outcome.report and outcome.report.state is UpdateState.ACTIVE]
     if not arguments.json and (len(outcomes) > 1 or not active):
         for outcome in outcomes:
@@ -196,7 +196,10 @@ def cancel_update(arguments: argparse.Namespace) -> int:
 def _command(arguments: argparse.Namespace, command: CommandName) -> int:
     with connect(_broker(arguments)) as broker:
         message = send_command(broker, arguments.device, command, timeout_s=arguments.timeout)
-    print(json.dumps({"message": message}) if arguments.json else f"{arguments.device}: {message}")
+    if arguments.json:
+        _print_json({"message": message})
+    else:
+        print(f"{arguments.device}: {plain(message)}")
     return 0
 
 
@@ -237,9 +240,9 @@ def ask(arguments: argparse.Namespace) -> int:
         for reply in replies:
             if isinstance(reply, DeltaReply):
                 if not arguments.json:
-                    print(reply.text, end="", flush=True)
+                    print(prose(reply.text), end="", flush=True)
             elif arguments.json:
-                print(msgspec.json.encode(reply).decode())
+                _print_json(reply)
             else:
                 print()
                 print(summary(reply), file=sys.stderr)
@@ -255,7 +258,7 @@ def show_devices(arguments: argparse.Namespace) -> int:
     with connect(_broker(arguments)) as broker:
         devices = list_devices(broker)
         if arguments.json:
-            print(msgspec.json.encode(devices).decode())
+            _print_json(devices)
             return 0
         if not arguments.watch:
             print("\n".join(device_table(devices, time.time())))
@@ -266,7 +269,7 @@ def show_devices(arguments: argparse.Namespace) -> int:
             if time.monotonic() - drawn_s >= _REDRAW_S:
                 drawn_s = time.monotonic()
                 table = device_table(sorted(view.devices.values(), key=lambda each: each.id), time.time())
-                print(board.draw([], table), end="", flush=True)
+                print(board.draw([], table) if sys.stdout.isatty() else "\n".join(table), end="", flush=True)
     return 0
 
 
@@ -284,8 +287,7 @@ def watch_fleet(arguments: argparse.Namespace) -> int:
                 continue
             if arguments.json:
                 told = {"device": change.device.id, "kind": change.leaf, "stored": change.stored}
-                content = {change.leaf: msgspec.to_builtins(change.content)}
-                print(json.dumps({**told, **content}, ensure_ascii=False), flush=True)
+                _print_json({**told, change.leaf: change.content})
             elif change.leaf == "reported" and change.device.reported is not None:
                 progress.show(change.device.id, change.device.reported)
             elif (line := change_line(change)) is not None:
@@ -310,13 +312,16 @@ def run_on_devices(arguments: argparse.Namespace) -> int:
                 print(f"{device_id}: {error.diagnostics()}", file=sys.stderr)
                 continue
             if arguments.json:
-                answer = {"device": device_id, "message": result.message, "data": result.data}
-                print(json.dumps(answer, ensure_ascii=False))
+                _print_json({"device": device_id, "message": result.message, "data": result.data})
             else:
-                print(f"{device_id}: {result.message}")
+                print(f"{device_id}: {plain(result.message)}")
                 if result.data is not None:
-                    print(json.dumps(result.data, indent=2, ensure_ascii=False))
+                    print(safe_json(json.dumps(result.data, indent=2, ensure_ascii=False)))
     return 0 if failed is None else failed.exit_code
+
+
+def _print_json(value: object) -> None:
+    print(safe_json(msgspec.json.encode(value).decode()), flush=True)
 
 
 class _Progress:

@@ -7,10 +7,11 @@ import uuid
 
 import msgspec
 
-from lamplighter_agent.errors import RequestError, ServiceError
+from lamplighter_agent.errors import ServiceError
 from lamplighter_agent.service.message_codec import decode_reply, encode
 from lamplighter_agent.service.messages import CommandMessage, CommandName, ErrorReply, ResultReply
 from lamplighter_fleet.broker import Broker
+from lamplighter_fleet.untrusted import refusal
 
 
 def send_command(broker: Broker, device_id: str, command: CommandName, *, timeout_s: float = 60.0) -> str:
@@ -45,7 +46,7 @@ def run_command(broker: Broker, device_id: str, command: CommandMessage, *, time
         if isinstance(reply, ResultReply):
             return reply
         if isinstance(reply, ErrorReply):
-            raise RequestError(reply.message, code=reply.code, retry_after_s=reply.retry_after_s, hint=reply.hint)
+            raise refusal(reply)
     raise ServiceError(
         f"{device_id} did not answer within {timeout_s:g} s", hint="is it online? see lamplighter-fleet devices"
     )

@@ -12,8 +12,10 @@ from lamplighter_agent.errors import RequestError, ServiceError
 from lamplighter_agent.service.message_codec import decode_reply, encode
 from lamplighter_agent.service.messages import CancelMessage, DeltaReply, ErrorReply, FinalReply, PromptMessage, Topics
 from lamplighter_fleet.broker import Broker
+from lamplighter_fleet.untrusted import refusal
 
 _ANY_DEVICE = "any"
+_MAX_EARLY = 1024
 
 
 def ask_device(
@@ -93,13 +95,7 @@ def _replies(broker: Broker, topic: str, silence_s: float) -> Iterator[DeltaRepl
             )
         reply = decode_reply(message.payload)
         if isinstance(reply, ErrorReply):
-            raise RequestError(
-                reply.message,
-                code=reply.code,
-                param=reply.param,
-                retry_after_s=reply.retry_after_s,
-                hint=reply.hint,
-            )
+            raise refusal(reply)
         if isinstance(reply, DeltaReply | FinalReply):
             yield reply
         if isinstance(reply, FinalReply):
@@ -113,7 +109,7 @@ def _in_order(replies: Iterator[DeltaReply | FinalReply]) -> Iterator[DeltaReply
     shown = ""
     for reply in replies:
         if isinstance(reply, DeltaReply):
-            if reply.seq >= following:
+            if following <= reply.seq < following + _MAX_EARLY:
                 early[reply.seq] = reply
             while (delta := early.pop(following, None)) is not None:
                 following += 1

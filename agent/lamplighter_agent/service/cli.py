@@ -20,6 +20,7 @@ from lamplighter_agent.config_file import load_config
 from lamplighter_agent.engine.cli import add_engine_arguments, engine_options, prepared_root
 from lamplighter_agent.errors import ConfigError, RequestError, ServiceError
 from lamplighter_agent.package.manifest import Manifest
+from lamplighter_agent.service.json_faults import printable
 from lamplighter_agent.service.local_client import read_status
 from lamplighter_agent.service.status_view import status_lines
 from lamplighter_agent.update.states import PackageRef, UpdateReport
@@ -75,7 +76,8 @@ def show_audit(arguments: argparse.Namespace) -> int:
             continue
         who = f" by {entry.requested_by}" if entry.requested_by else ""
         why = f"  {entry.reason}: {entry.message}" if entry.reason else f"  {entry.message or ''}".rstrip()
-        print(f"{entry.time:%Y-%m-%d %H:%M:%S}  {entry.event:20} {entry.package or entry.active or '-'}{who}{why}")
+        what = f"{entry.event:20} {entry.package or entry.active or '-'}{who}{why}"
+        print(f"{entry.time:%Y-%m-%d %H:%M:%S}  {printable(what)}")  # others wrote some of it
     return 0
 
 

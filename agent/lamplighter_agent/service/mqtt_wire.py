@@ -5,63 +5,22 @@ from __future__ import annotations
 from typing import Any, Final
 
 from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from lamplighter_agent.config import MqttConfig
 from lamplighter_agent.service.credentials import read_password, tls_context
+from lamplighter_agent.service.mqtt_bounds import MAX_PACKET_BYTES, BoundedClient
 from lamplighter_agent.service.mqtt_boxes import MAX_OUTBOX
 from lamplighter_agent.service.mqtt_types import Incoming, Outgoing, Subscription
 
 CONNECT_TIMEOUT_S: Final = 10.0
 MAX_IN_FLIGHT: Final = 64
 _RECEIVE_MAXIMUM: Final = 64
-_MAX_PACKET_BYTES: Final = 256 * 1024
-MAX_PROPERTIES_BYTES: Final = 4096
 _SESSION_EXPIRY_S: Final = 3600
 _WILL_DELAY_S: Final = 5
-
-
-class BoundedClient(paho.Client):
-    """paho with a bound on what the sender of a message can make it compute.
-
-    paho copies the rest of a packet for each property, which takes seconds for 256 KiB of user properties: a few such
-    prompts would stop the process. Longer properties are cut out unread.
-
-    Attributes:
-        flooded: True while a message is handed over whose properties were cut out.
-    """
-
-    flooded = False
-
-    def _handle_publish(self) -> MQTTErrorCode:
-        packet = self._in_packet["packet"]
-        self.flooded = False
-        if self._protocol == MQTTProtocolVersion.MQTTv5:
-            bare = without_flood(bytes(packet), has_number=bool(self._in_packet["command"] & 0x06))
-            self.flooded = len(bare) < len(packet)
-            self._in_packet["packet"] = bytearray(bare)
-        return super()._handle_publish()
-
-
-def without_flood(packet: bytes, *, has_number: bool) -> bytes:
-    """Return the body of an MQTT 5 PUBLISH packet, without its properties if they have too many bytes.
-
-    Args:
-        packet: Topic, packet identifier, properties, payload.
-        has_number: There is a packet identifier, because the QoS is not 0.
-    """
-    begin = 2 + int.from_bytes(packet[:2], "big") + (2 if has_number else 0)
-    length, end = 0, begin
-    for shift in (0, 7, 14, 21):
-        byte = packet[end] if end < len(packet) else 0
-        length |= (byte & 0x7F) << shift
-        end += 1
-        if not byte & 0x80:
-            break
-    return packet if length <= MAX_PROPERTIES_BYTES else packet[:begin] + b"\0" + packet[end + length :]
 
 
 def make_client(config: MqttConfig, client_id: str) -> BoundedClient:
@@ -90,7 +49,7 @@ def make_client(config: MqttConfig, client_id: str) -> BoundedClient:
     if v5:
         properties = _properties(PacketTypes.CONNECT)
         properties.SessionExpiryInterval = _SESSION_EXPIRY_S
-        properties.MaximumPacketSize = _MAX_PACKET_BYTES
+        properties.MaximumPacketSize = MAX_PACKET_BYTES
         properties.ReceiveMaximum = _RECEIVE_MAXIMUM
     client.connect_async(
         config.host,

@@ -12,7 +12,7 @@ from paho.mqtt.properties import Properties
 
 from lamplighter_agent.config import AgentConfig, DeviceConfig, MqttConfig
 from lamplighter_agent.service.message_codec import MAX_MESSAGE_BYTES
-from lamplighter_agent.service.mqtt_wire import MAX_PROPERTIES_BYTES, without_flood
+from lamplighter_agent.service.mqtt_bounds import MAX_PROPERTIES_BYTES, without_flood
 from lamplighter_agent.service.worker import WorkerSpec
 from support.broker import Broker, TestClient, mosquitto_path, running_broker
 from support.service import MqttBox, running_box
