@@ -55,9 +55,9 @@ _CODED: Final[Mapping[str, bytes]] = {
 }
 """Attributes of the operator on 8-bit codes."""
 
-_UNTILED: Final = frozenset({"softcap", "smooth_softmax", "qk_output"})
+_UNTILED: Final = ("smooth_softmax", "qk_output")
 _BIAS: Final = 10
-"""Attributes, and the first of two inputs, with which the operator does not take its tiled kernel."""
+"""Attributes beside ``softcap``, and the first of two inputs, that the operator's tiled kernel does not know."""
 
 _WINDOWED: Final = "sliding_window_cache"
 
@@ -140,7 +140,13 @@ def writes_codes_first(model: memoryview) -> bool:
     parts = [part for graph in graphs if graph is not None for part in read_fields(graph)]
     contents = [part.content for part in parts if part.number == GRAPH_NODE and part.content is not None]
     attention = [node for node in map(read_attention, contents) if node is not None]
-    return not any(_UNTILED & node.attributes.keys() or any(node.inputs[_BIAS:]) for node in attention)
+    # A prepared copy names every attribute, also those that are off: 0 or -1.
+    return not any(
+        node.reals.get("softcap", 0.0) != 0.0
+        or any(node.numbers.get(name, 0) > 0 for name in _UNTILED)
+        or any(node.inputs[_BIAS:])
+        for node in attention
+    )
 
 
 def _cache_layer(content: memoryview) -> int | None:

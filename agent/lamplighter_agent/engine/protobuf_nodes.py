@@ -29,6 +29,7 @@ _NODE_OP_TYPE: Final = 4
 _NODE_ATTRIBUTE: Final = 5
 _NODE_DOMAIN: Final = 7
 _ATTRIBUTE_NAME: Final = 1
+_ATTRIBUTE_FLOAT: Final = 2
 _ATTRIBUTE_INT: Final = 3
 _ATTRIBUTE_TEXT: Final = 4
 _ATTRIBUTE_GRAPH: Final = 6
@@ -63,6 +64,7 @@ class Node(NamedTuple):
         outputs: Names.
         attributes: The whole fields as they are on the wire, by name.
         numbers: Those of them that are integers.
+        reals: Those of them that are floating-point numbers.
     """
 
     operator: str
@@ -70,6 +72,7 @@ class Node(NamedTuple):
     outputs: list[str]
     attributes: dict[str, bytes]
     numbers: dict[str, int]
+    reals: dict[str, float]
 
 
 def read_node(content: memoryview) -> Node:
@@ -78,7 +81,7 @@ def read_node(content: memoryview) -> Node:
     Raises:
         PackageError: If the bytes are no message.
     """
-    node = Node("", [], [], {}, {})
+    node = Node("", [], [], {}, {}, {})
     for field in read_fields(content):
         if field.content is None:
             continue
@@ -107,15 +110,19 @@ def read_attention(content: memoryview) -> Node | None:
 
 
 def _read_attribute(content: memoryview, raw: bytes, node: Node) -> None:
-    name, number = "", None
+    name, number, real = "", None, None
     for field in read_fields(content):
         if field.number == _ATTRIBUTE_NAME and field.content is not None:
             name = _text(field.content)
         elif field.number == _ATTRIBUTE_INT and field.value is not None:
             number = field.value - (1 << 64) if field.value >> 63 else field.value
+        elif field.number == _ATTRIBUTE_FLOAT and field.content is None and field.value is None:
+            (real,) = struct.unpack("<f", field.raw[-4:])
     node.attributes[name] = raw
     if number is not None:
         node.numbers[name] = number
+    if real is not None:
+        node.reals[name] = real
 
 
 def encode_node(

@@ -13,6 +13,7 @@ from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.kv_cache import CacheArray, KVCache
 from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
+from lamplighter_agent.engine.prepare import prepare
 from lamplighter_agent.engine.runner import ModelRunner
 from support.families import write_family_checkpoint
 from support.tiny_model import build_tiny_package
@@ -118,6 +119,15 @@ def test_codes_are_not_drafted_for_where_rows_may_be_read_too_early(tmp_path: Pa
         with Engine.load(package, options=msgspec.structs.replace(OPTIONS, kv_cache_dtype=dtype)) as engine:
             assert engine.session.writes_first is writes_first
             assert engine.runner.exactness(2) is (None if writes_first else False)
+
+
+def test_codes_are_drafted_for_in_a_prepared_copy_too(tiny_package: Path, tmp_path: Path) -> None:
+    """The runtime writes all attributes into it, also those of the other kernel, as zeros."""
+    prepare(tiny_package, tmp_path)
+    options = msgspec.structs.replace(OPTIONS, kv_cache_dtype="int8")
+    with Engine.load(tiny_package, options=options, prepared_root=tmp_path) as engine:
+        assert engine.prepared
+        assert engine.session.writes_first
 
 
 def test_without_memory_for_it_drafts_are_computed_singly(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
