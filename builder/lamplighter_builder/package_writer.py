@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from lamplighter_agent.errors import BuildError, ConfigError, DiskFullError
+from lamplighter_agent.errors import BuildError, ConfigError, DiskFullError, StoreError
 from lamplighter_agent.package.hashing import digest_file
 from lamplighter_agent.package.layout import (
     CHUNK_BYTES,
@@ -41,6 +41,8 @@ _MAX_NAME: Final = 128
 
 class PackageWriter:
     """A package being written. Use it as a context manager around the whole build.
+
+    Leaving it with an ``OSError`` raises what that means: ``DiskFullError`` or ``StoreError``.
 
     Args:
         target: Directory of the finished package; it must be missing or empty.
@@ -119,10 +121,20 @@ class PackageWriter:
     ) -> None:
         if not self._finished:
             shutil.rmtree(self.directory, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                f"{self._target.parent}: the disk is full", hint="free space there, or choose another -o"
-            ) from error
+        if isinstance(error, OSError):
+            raise _storage_error(error, self._target.parent) from error
+
+
+def _storage_error(error: OSError, parent: Path) -> StoreError:
+    """Return what the operating system's error means to who builds a package in ``parent``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFullError(f"{parent}: the disk is full", hint="free space there, or choose another -o")
+    if error.errno == errno.EFBIG:
+        return DiskFullError(
+            f"{parent}: a file may not become as large there as the model's weights",
+            hint="raise the limit of file sizes (ulimit -f), or choose another -o",
+        )
+    return StoreError(f"{error.filename or parent}: {error.strerror or error}")
 
 
 def is_notice(name: str) -> bool:

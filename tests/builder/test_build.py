@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import onnx
 import pytest
 from tokenizers import Tokenizer
 
-from lamplighter_agent.errors import BuildError, ChatTemplateError, ConfigError, DiskFullError
+from lamplighter_agent.errors import BuildError, ChatTemplateError, ConfigError, StoreError
 from lamplighter_agent.package.chat_format import ChatMessage
 from lamplighter_agent.package.hashing import verify_file
 from lamplighter_agent.package.manifest import Manifest, decode_manifest, read_manifest
@@ -111,13 +112,26 @@ def test_tokenizer_and_genai_config_are_in_the_package(tiny_int4: Path) -> None:
     assert config["model"]["eos_token_id"] == [2]
 
 
-def test_failed_build_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "reason", "words"),
+    [
+        (errno.ENOSPC, "disk_full", "the disk is full"),
+        (errno.EDQUOT, "disk_full", "the disk is full"),
+        (errno.EFBIG, "disk_full", "a file may not become as large there"),
+        (errno.EIO, "store", "Input/output error"),
+        (errno.EROFS, "store", "Read-only file system"),
+    ],
+)
+def test_disk_that_fails_is_told_and_nothing_is_left(
+    code: int, reason: str, words: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_arguments: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(weight_file.WeightFile, "append", fail)
-    with pytest.raises(DiskFullError):
+    with pytest.raises(StoreError, match=f"out: {words}") as caught:
         build_tiny_package(tiny_checkpoint, tmp_path / "out" / "package")
+    assert (caught.value.reason, caught.value.exit_code) == (reason, 6)
     assert list((tmp_path / "out").iterdir()) == []
 
 
