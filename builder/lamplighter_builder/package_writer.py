@@ -6,6 +6,7 @@ A build that fails or is interrupted leaves nothing behind.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -75,11 +76,16 @@ class PackageWriter:
     def copy_notices(self, notices: Iterable[Path]) -> None:
         """Copy licence texts and notices; characters that the format does not allow in names become ``_``.
 
+        Names that become the same are numbered.
+
         Raises:
             OSError: If one cannot be read, or the disk is full or fails.
         """
         for path in notices:
-            self.write(re.sub(r"[^A-Za-z0-9._-]", "_", path.name)[:_MAX_NAME], path.read_bytes())
+            name = re.sub(r"[^A-Za-z0-9._-]", "_", path.name)[:_MAX_NAME]
+            numbered = (f"{name[: _MAX_NAME - 7]}.{number}" for number in itertools.count(2))
+            free = next(text for text in itertools.chain([name], numbered) if not (self.directory / text).exists())
+            self.write(free, path.read_bytes())
 
     def entries(self, progress: Progress) -> tuple[FileEntry, ...]:
         """Hash every file written so far, in the order of their names."""

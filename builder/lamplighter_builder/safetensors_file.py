@@ -103,9 +103,8 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: {size} bytes, but its header alone should have {length}", hint="download it again"
-                )
+                told = f"its header alone should have {length}" if size >= 8 else "a safetensors file begins with 8"
+                raise CheckpointError(f"{path}: {size} bytes, but {told}", hint="download it again")
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

@@ -93,6 +93,24 @@ def test_truncated_safetensors_are_refused(copy: Path, keep: float) -> None:
     assert_build_fails(copy, CheckpointError, "model.safetensors")
 
 
+def test_chat_template_that_is_no_text_is_refused(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert_build_fails(copy, CheckpointError, r"chat_template\.jinja: cannot be read: 'utf-8'")
+
+
+def test_model_of_one_position_is_refused(copy: Path) -> None:
+    change_config(copy, max_position_embeddings=1)
+    assert_build_fails(copy, CheckpointError, "max_position_embeddings is 1, but must be from 2 to")
+
+
+def test_notices_whose_names_become_the_same_are_numbered(copy: Path, tmp_path: Path) -> None:
+    for name in ("NOTICE (1)", "NOTICE [1]", "NOTICE_(1)"):
+        (copy / name).write_text(name)
+    package = build_tiny_package(copy, tmp_path / "package", "fp32")
+    names = ("NOTICE__1_", "NOTICE__1_.2", "NOTICE__1_.3")
+    assert {(package / name).read_text() for name in names} == {"NOTICE (1)", "NOTICE [1]", "NOTICE_(1)"}
+
+
 def test_damaged_safetensors_header_is_refused(copy: Path) -> None:
     data = bytearray((copy / WEIGHTS).read_bytes())
     data[8:12] = b"\xff\xff\xff\xff"

@@ -46,19 +46,20 @@ def read_sizes(config: Fields) -> Sizes:
         num_key_value_heads=key_heads,
         head_dim=read_size(config, "head_dim", default=hidden_size // heads),
         vocab_size=read_size(config, "vocab_size"),
-        max_position_embeddings=read_size(config, "max_position_embeddings"),
+        # A prompt of one token and its answer.
+        max_position_embeddings=read_size(config, "max_position_embeddings", least=2),
     )
 
 
-def read_size(config: Fields, key: str, *, default: int | None = None, most: int = _MOST) -> int:
-    """Read a number of things, of which there is at least one and at most ``most``.
+def read_size(config: Fields, key: str, *, default: int | None = None, least: int = 1, most: int = _MOST) -> int:
+    """Read a number of things, of which there are ``least`` to ``most``.
 
     Raises:
         CheckpointError: If the field is missing, of another type or out of range.
     """
     value = config.integer(key, default=default)
-    if not 1 <= value <= most:
-        raise CheckpointError(f"{config.origin}: {key} is {value}, but must be from 1 to {most}")
+    if not least <= value <= most:
+        raise CheckpointError(f"{config.origin}: {key} is {value}, but must be from {least} to {most}")
     return value
 
 
