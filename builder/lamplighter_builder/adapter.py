@@ -29,7 +29,13 @@ from lamplighter_builder.checkpoint import (
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.graph import FloatArray
 from lamplighter_builder.quantization.blockwise import QuantizedMatrix
-from lamplighter_builder.safetensors_file import StoredTensor, TensorInfo, read_safetensors_header, read_tensor
+from lamplighter_builder.safetensors_file import (
+    StoredTensor,
+    TensorInfo,
+    read_safetensors_header,
+    read_tensor,
+    same_bytes,
+)
 from lamplighter_builder.text_part import TextPart, alone
 
 _CONFIG_NAME: Final = "adapter_config.json"
@@ -77,7 +83,8 @@ class _LowRank:
 class AdaptedCheckpoint(Checkpoint):
     """A checkpoint with a LoRA adapter merged into it. Its tokenizer is the adapter's own where it has one.
 
-    Where head and embedding share a tensor and the adapter changes only one of them, they are parted.
+    Where head and embedding share a tensor and the adapter changes only one of them, they are parted. An adapter that
+    was trained with added tokens brings embedding and head with more rows, which are then the vocabulary.
 
     Args:
         base: The model that the adapter was trained on.
@@ -107,12 +114,20 @@ class AdaptedCheckpoint(Checkpoint):
         if tied:
             self._sources[_HEAD] = _EMBEDDING
         self._read_tensors(settings)
+        rows = self._vocabulary_rows(tied=tied)
+        for target, stored in self._replaced.items():
+            shape = self._base.tensors[self._sources[target]].shape
+            if rows is not None and target in (_EMBEDDING, _HEAD):
+                shape = (rows, *shape[1:])
+            self._check_shape(target, stored, shape)
         parted = (self._changes.keys() | self._replaced.keys()) & {_EMBEDDING, _HEAD}
+        if tied and self._replaces_both_alike(resized=rows is not None):
+            self._replaced.pop(_HEAD, None)
+            parted = set()
         if tied and not parted:
             del self._sources[_HEAD]
-        self.config = base.config
-        if parted:
-            self.config = Fields({**base.config.values, "tie_word_embeddings": False}, base.config.origin)
+        changed = ({"tie_word_embeddings": False} if parted else {}) | ({} if rows is None else {"vocab_size": rows})
+        self.config = Fields({**base.config.values, **changed}, base.config.origin) if changed else base.config
         self.generation_config = self._with_own_end() if self._has_tokenizer else base.generation_config
 
     @property
@@ -136,7 +151,8 @@ class AdaptedCheckpoint(Checkpoint):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """All tensors by name."""
-        return {name: self._base.tensors[source] for name, source in self._sources.items()}
+        own = {name: stored.info for name, stored in self._replaced.items()}
+        return {name: own.get(name) or self._base.tensors[source] for name, source in self._sources.items()}
 
     @property
     def _has_tokenizer(self) -> bool:
@@ -208,9 +224,22 @@ class AdaptedCheckpoint(Checkpoint):
             )
         for target, parts in factors.items():
             self._changes[target] = self._low_rank(target, parts, settings, embedding=target in embeddings)
-        for target, stored in self._replaced.items():
-            self._check_shape(target, stored, self._base.tensors[self._sources[target]].shape)
         self._check_targets(settings, left_out)
+
+    def _vocabulary_rows(self, *, tied: bool) -> int | None:
+        """Return the rows of embedding and head if the adapter brings both with another number than the model's."""
+        given = {name: self._replaced[name].info.shape for name in (_EMBEDDING, _HEAD) if name in self._replaced}
+        rows = {shape[0] for shape in given.values() if shape}
+        whole = _EMBEDDING in given and (tied or _HEAD in given) and not self._changes.keys() & {_EMBEDDING, _HEAD}
+        known = self._base.tensors[self._sources[_EMBEDDING]].shape[0] if _EMBEDDING in self._sources else None
+        return rows.pop() if whole and len(rows) == 1 and rows != {known} else None
+
+    def _replaces_both_alike(self, *, resized: bool) -> bool:
+        """Tell whether the adapter's own embedding is its head too; PEFT writes a shared tensor under both names."""
+        embedding, head = self._replaced.get(_EMBEDDING), self._replaced.get(_HEAD)
+        if embedding is None:
+            return False
+        return resized if head is None else same_bytes(embedding, head)
 
     def _low_rank(
         self, target: str, parts: Mapping[str, StoredTensor], settings: Fields, *, embedding: bool

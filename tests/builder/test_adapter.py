@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lamplighter_agent.errors import CheckpointError, LamplighterError, UnsupportedModelError, WeightMismatchError
+from lamplighter_agent.package.manifest import read_manifest
 from lamplighter_builder.adapter import AdaptedCheckpoint
 from lamplighter_builder.checkpoint import HuggingFaceCheckpoint
 from lamplighter_builder.cli import main
@@ -127,6 +128,40 @@ def test_modules_to_save_replace_the_models_own(tiny_checkpoint: Path, tmp_path:
     np.testing.assert_array_equal(adapted.read("lm_head.weight"), head.numpy())
     np.testing.assert_array_equal(adapted.read("model.norm.weight"), np.ones(64, dtype=np.float32))
     assert not adapted.config.flag("tie_word_embeddings")
+
+
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize("with_head", [True, False])
+def test_vocabulary_that_grew_in_training_is_the_models_and_stays_shared(
+    with_head: bool, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    table = torch.randn(386, 64)
+    tensors = {**factors(), EMBEDDING: table} | ({HEAD: table.clone()} if with_head else {})
+    path = write_adapter(tmp_path / "adapter", tensors, config())
+    adapted = AdaptedCheckpoint(HuggingFaceCheckpoint(tiny_checkpoint), path)
+    assert "lm_head.weight" not in adapted.tensors
+    assert adapted.tensors["model.embed_tokens.weight"].shape == (386, 64)
+    assert (adapted.config.integer("vocab_size"), adapted.config.flag("tie_word_embeddings")) == (386, True)
+    np.testing.assert_array_equal(adapted.read("model.embed_tokens.weight"), table.numpy())
+    command = ["build", "-m", str(tiny_checkpoint), "--adapter", str(path), "-o", str(tmp_path / "p"), "-p", "fp32"]
+    assert main(command) == 0
+    manifest = read_manifest(tmp_path / "p")
+    assert (manifest.model.vocab_size, manifest.model.tie_word_embeddings) == (386, True)
+    assert manifest.fidelity is not None
+    assert manifest.fidelity.kl_mean < 1e-5
+
+
+def test_head_of_its_own_must_grow_with_the_embedding(untied_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = {EMBEDDING: torch.randn(386, 64), HEAD: torch.randn(386, 64)}
+    settings = config(target_modules=[])
+    path = write_adapter(tmp_path / "adapter", tensors, settings)
+    adapted = AdaptedCheckpoint(HuggingFaceCheckpoint(untied_checkpoint), path)
+    assert (adapted.config.integer("vocab_size"), adapted.tensors["lm_head.weight"].shape) == (386, (386, 64))
+    alone = write_adapter(tmp_path / "alone", {EMBEDDING: tensors[EMBEDDING]}, settings)
+    with pytest.raises(CheckpointError, match=r"embed_tokens.weight has shape \[386, 64\], but must be \[384, 64\]"):
+        AdaptedCheckpoint(HuggingFaceCheckpoint(untied_checkpoint), alone)
 
 
 def test_adapter_fits_a_quantized_gguf(tiny_checkpoint: Path, tmp_path: Path) -> None:
