@@ -17,6 +17,7 @@ import numpy as np
 
 _ENTRY_BYTES: Final = 8
 _PRESENT: Final = np.uint64(1 << 63)
+_SWAPPED: Final = np.uint64(1 << 62)
 _OF_FILE: Final = np.uint64(1 << 61)
 """Bits of an entry of ``/proc/PID/pagemap`` (Linux, ``Documentation/admin-guide/mm/pagemap.rst``)."""
 
@@ -59,4 +60,5 @@ def _unwritten(pagemap: int, begin: int, end: int) -> bool:
     first, count = begin // mmap.PAGESIZE, (end - begin) // mmap.PAGESIZE
     raw = os.pread(pagemap, count * _ENTRY_BYTES, first * _ENTRY_BYTES)
     entries = np.frombuffer(raw, dtype=np.uint64)
-    return entries.size == count and not np.any(entries & (_PRESENT | _OF_FILE) == _PRESENT)
+    written = (entries & (_PRESENT | _OF_FILE) == _PRESENT) | (entries & _SWAPPED != 0)
+    return entries.size == count and not written.any()

@@ -237,7 +237,7 @@ class _Cache(NamedTuple):
 def _choose_cache(manifest: Manifest, options: EngineOptions, free: int, *, smallest: int, wanted: int) -> _Cache:
     """Return the float32 cache if ``free`` bytes give it a good context, else the int8 one where it holds more.
 
-    int8 is not as exact, and drafts need float32, so it is no default.
+    int8 is not as exact, so it is no default.
     """
     dtypes: tuple[CacheDtype, ...] = ("float32",) if manifest.cache_scales is None else ("float32", "int8")
     if options.kv_cache_dtype is not None:
