@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import platform
@@ -14,52 +13,48 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
 from lamplighter_agent.config import AgentConfig
 from lamplighter_agent.engine.memory import physical_cores, plan_memory, read_machine_memory
-from lamplighter_agent.errors import ConfigError, LamplighterError, MemoryBudgetError, ServiceError
+from lamplighter_agent.errors import (
+    ConfigError,
+    IncompatiblePackageError,
+    LamplighterError,
+    MemoryBudgetError,
+    ServiceError,
+)
+from lamplighter_agent.service import unix_socket
 from lamplighter_agent.service.certificates import valid_until
-from lamplighter_agent.service.credentials import secret_path
+from lamplighter_agent.service.credentials import read_token, secret_path
+from lamplighter_agent.service.doctor_broker import examine_broker
+from lamplighter_agent.service.findings import Finding, failure, ok, warning
 from lamplighter_agent.service.local_client import read_status
 from lamplighter_agent.service.memory_limits import memory_bounds
 from lamplighter_agent.service.memory_view import engine_options, plan_text
-from lamplighter_agent.service.mqtt import MqttConnection
-from lamplighter_agent.service.mqtt_types import Incoming, MqttHandlers, Subscription, Will
-from lamplighter_agent.service.topics import Topics
+from lamplighter_agent.update.compatibility import check_compatible, this_device
 from lamplighter_agent.update.downloader import HttpSource
 from lamplighter_agent.update.store import Store
 from lamplighter_agent.update.trust import read_root
 
-Level = Literal["ok", "warning", "error"]
-
 _MIB: Final = 1024 * 1024
-_BROKER_TIMEOUT_S: Final = 8.0
 _EXPIRES_SOON: Final = timedelta(days=30)
 _FAST_FLAGS: Final = {
     "x86_64": (("avx2",), ("avx512_vnni", "avx_vnni", "amx_int8")),
     "aarch64": (("asimd",), ("asimddp", "i8mm")),
 }
 _MEND: Final = "mend what the message names, then run doctor again"
+_ANOTHER: Final = "push a package that is built for this device: lamplighter-fleet push NAME/VERSION --device …"
+_SET_CLOCK: Final = (
+    "set the clock (timedatectl set-time) and let a time service keep it: until then every certificate and signature "
+    "looks as if it came from the future"
+)
+_NOT_YOURS: Final = (
+    "run doctor as the agent's user, give that user the folder, or set local_api.socket to another place"
+)
 _EARLIEST_CLOCK: Final = datetime(2026, 1, 1, tzinfo=UTC)
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """What a check found.
-
-    Attributes:
-        check: What was looked at.
-        level: ``ok``, ``warning`` (it works, or works less well than it could) or ``error`` (it does not work).
-        message: What is so.
-        advice: What to do, or None.
-    """
-
-    check: str
-    level: Level
-    message: str
-    advice: str | None = None
 
 
 class Doctor:
@@ -68,14 +63,25 @@ class Doctor:
     Args:
         config: The whole configuration.
         root: Where ``proc`` and ``sys`` are mounted; a test gives a directory of its own.
+        now: Tells the time.
     """
 
-    def __init__(self, config: AgentConfig, root: Path = Path("/")) -> None:
+    def __init__(
+        self,
+        config: AgentConfig,
+        root: Path = Path("/"),
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
         self._config = config
         self._root = root
+        self._now = now
 
-    def examine(self) -> Iterator[Finding]:
-        """Yield findings as they come, each check on its own: one that fails does not end the others."""
+    def examine(self, *names: str) -> Iterator[Finding]:
+        """Yield findings as they come, each check on its own: one that fails does not end the others.
+
+        Args:
+            names: The checks to make; without one, all.
+        """
         checks: dict[str, Callable[[], Iterator[Finding]]] = {
             "cpu": self._cpu,
             "runtime": self._runtime,
@@ -86,17 +92,20 @@ class Doctor:
             "certificates": self._certificates,
             "repository": self._repository,
             "broker": self._broker,
+            "local api": self._local_api,
             "agent": self._agent,
         }
         for name, check in checks.items():
+            if names and name not in names:
+                continue
             try:
                 yield from check()
             except LamplighterError as error:
                 yield Finding(check=name, level="error", message=error.message, advice=error.hint or _MEND)
             except PermissionError as error:
-                yield _error(name, f"cannot be looked at: {error}", "run it as root")
+                yield failure(name, f"cannot be looked at: {error}", "run it as root")
             except OSError as error:
-                yield _error(name, f"cannot be looked at: {error}", _MEND)
+                yield failure(name, f"cannot be looked at: {error}", _MEND)
 
     def _cpu(self) -> Iterator[Finding]:
         machine = platform.machine()
@@ -104,29 +113,29 @@ class Doctor:
         flags = _cpu_flags(self._root)
         cores = physical_cores()
         if machine not in _FAST_FLAGS:
-            yield _error("cpu", f"{machine} is not supported", "use a machine with x86-64 or arm64")
+            yield failure("cpu", f"{machine} is not supported", "use a machine with x86-64 or arm64")
         elif flags and not set(needed) <= flags:
-            yield _warning("cpu", f"{machine} without {', '.join(needed)}", "expect a few tokens a second only")
+            yield warning("cpu", f"{machine} without {', '.join(needed)}", "expect a few tokens a second only")
         elif flags and not set(fast) & flags:
             message = f"{machine}, {cores} cores, no instructions for 8-bit products ({', '.join(fast)})"
-            yield _ok("cpu", f"{message}: works, newer processors read prompts faster")
+            yield ok("cpu", f"{message}: works, newer processors read prompts faster")
         else:
-            yield _ok("cpu", f"{machine}, {cores} cores, {', '.join(sorted(set(fast) & flags)) or 'flags unknown'}")
+            yield ok("cpu", f"{machine}, {cores} cores, {', '.join(sorted(set(fast) & flags)) or 'flags unknown'}")
         wanted = self._config.engine.threads
         if wanted is not None and wanted > cores:
-            yield _warning("cpu", f"engine.threads is {wanted}, but there are {cores} cores", "leave it out")
+            yield warning("cpu", f"engine.threads is {wanted}, but there are {cores} cores", "leave it out")
 
     def _runtime(self) -> Iterator[Finding]:
         code = "import lamplighter_agent, onnxruntime, tokenizers; print(onnxruntime.__version__)"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         if result.returncode == 0:
-            yield _ok("runtime", f"onnxruntime {result.stdout.strip()}, Python {platform.python_version()}")
+            yield ok("runtime", f"onnxruntime {result.stdout.strip()}, Python {platform.python_version()}")
             return
         reason = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
         advice = "install the agent anew (scripts/install)"
         if "xecutable stack" in reason:
             advice = "this build of onnxruntime needs MemoryDenyWriteExecute=no in a drop-in of the unit"
-        yield _error("runtime", f"the inference runtime cannot be loaded: {reason}", advice)
+        yield failure("runtime", f"the inference runtime cannot be loaded: {reason}", advice)
 
     def _disk(self) -> Iterator[Finding]:
         path = self._config.state_dir
@@ -137,42 +146,47 @@ class Doctor:
         reserve = self._config.repository.disk_reserve_bytes
         text = f"{free // _MIB} MiB free in {path}"
         if disk.f_flag & os.ST_RDONLY:
-            yield _error("disk", f"{path} is read-only", "mount it for writing")
+            yield failure("disk", f"{path} is read-only", "mount it for writing")
         elif free < reserve:
-            yield _error("disk", f"{text}; {reserve // _MIB} MiB stay reserved", "free some, or add a disk")
+            yield failure("disk", f"{text}; {reserve // _MIB} MiB stay reserved", "free some, or add a disk")
         elif free < reserve + 512 * _MIB:
-            yield _warning("disk", f"{text}: a package may not fit", "free some before the next update")
+            yield warning("disk", f"{text}: a package may not fit", "free some before the next update")
         else:
-            yield _ok("disk", text)
+            yield ok("disk", text)
         if _file_system(path, self._root) in {"tmpfs", "ramfs"}:
-            yield _warning("disk", f"{path} lies in memory", "set state_dir to a disk: packages are lost at a restart")
+            yield warning("disk", f"{path} lies in memory", "set state_dir to a disk: packages are lost at a restart")
 
     def _package(self) -> Iterator[Finding]:
         machine = read_machine_memory(self._root)
         limit = "no limit" if machine.limit_bytes is None else f"limit {machine.limit_bytes // _MIB} MiB"
         memory = f"{machine.available_bytes // _MIB} MiB available, {limit}"
         if not self._config.state_dir.exists():
-            yield _ok("package", f"none yet; {memory}")
+            yield ok("package", f"none yet; {memory}")
             return
         current = Store(self._config.state_dir, reserve_bytes=0).current()
         if current is None:
-            yield _warning("package", f"none is in use; {memory}", "lamplighter-fleet push NAME/VERSION --device …")
+            yield warning("package", f"none is in use; {memory}", "lamplighter-fleet push NAME/VERSION --device …")
             return
         Store(self._config.state_dir, reserve_bytes=0).verify(current)
-        yield _ok("package", f"{current.reference}: every file is as its manifest says")
+        yield ok("package", f"{current.reference}: every file is as its manifest says")
+        try:
+            check_compatible(current.manifest, this_device())
+        except IncompatiblePackageError as error:
+            yield failure("package", error.message, error.hint or _ANOTHER)
+            return
         options = engine_options(self._config.engine)
         if (worker := self._worker_rss()) is not None:  # what the running engine holds is there for the plan
             machine = msgspec.structs.replace(machine, available_bytes=machine.available_bytes + worker)
         try:
             plan = plan_memory(current.manifest, machine, options)
         except MemoryBudgetError as error:
-            yield _error("memory", error.message, error.hint)
+            yield failure("memory", error.message, error.hint or _ANOTHER)
             return
         message = f"{memory}; the plan: {plan_text(plan)}"
         if worker is not None:
             message += f"; the engine holds {worker // _MIB} MiB now"
         needed = memory_bounds(plan).max_bytes
-        yield _ok("memory", f"{message}; the unit needs {needed // _MIB} MiB, which it is given while it serves")
+        yield ok("memory", f"{message}; the unit needs {needed // _MIB} MiB, which it is given while it serves")
 
     def _worker_rss(self) -> int | None:
         socket = self._config.local_api.socket
@@ -183,16 +197,16 @@ class Doctor:
         return None
 
     def _clock(self) -> Iterator[Finding]:
-        now = datetime.now(UTC)
+        now = self._now()
         if now < _EARLIEST_CLOCK:
-            yield _error("clock", f"it is {now:%Y-%m-%d} here", "set the clock: signatures cannot be judged")
+            yield failure("clock", f"it is {now:%Y-%m-%d} here", _SET_CLOCK)
             return
         marks = ("run/systemd/timesync/synchronized", "run/chrony/chronyd.pid", "run/chronyd.pid", "run/ntpd.pid")
         if any((self._root / mark).exists() for mark in marks):
-            yield _ok("clock", f"{now:%Y-%m-%d %H:%M} UTC, kept by a time service")
+            yield ok("clock", f"{now:%Y-%m-%d %H:%M} UTC, kept by a time service")
         else:
             advice = "install systemd-timesyncd or chrony: a wrong clock makes signatures look expired"
-            yield _warning("clock", f"{now:%Y-%m-%d %H:%M} UTC, and no time service seems to keep it", advice)
+            yield warning("clock", f"{now:%Y-%m-%d %H:%M} UTC, and no time service seems to keep it", advice)
 
     def _permissions(self) -> Iterator[Finding]:
         mqtt, api = self._config.mqtt, self._config.local_api
@@ -201,23 +215,23 @@ class Doctor:
             path = secret_path(secret)
             mode = stat.S_IMODE(path.stat().st_mode)
             if mode & 0o077:
-                yield _error("permissions", f"others may read {path} (mode {mode:04o})", f"chmod 600 {path}")
+                yield failure("permissions", f"others may read {path} (mode {mode:04o})", f"chmod 600 {path}")
             else:
-                yield _ok("permissions", f"{path} is its owner's alone")
-        if api.socket is not None and api.socket.exists() and api.socket.stat().st_mode & 0o007:
-            yield _warning("permissions", f"everybody may use {api.socket}", "set local_api.mode to 0660 and a group")
+                yield ok("permissions", f"{path} is its owner's alone")
+        if api.socket is not None and api.socket.is_socket() and api.socket.stat().st_mode & 0o007:
+            yield warning("permissions", f"everybody may use {api.socket}", "set local_api.mode to 0660 and a group")
 
     def _certificates(self) -> Iterator[Finding]:
         tls = self._config.mqtt.tls
         files = [tls.ca_file, tls.cert_file] if tls else []
         for path in [*files, self._config.repository.ca_file]:
             if path is not None:
-                yield _certificate(secret_path(path))
+                yield _certificate(secret_path(path), self._now())
 
     def _repository(self) -> Iterator[Finding]:
         repository = self._config.repository
         if repository.url is None:
-            yield _warning("repository", "repository.url is not set", "without it packages come from USB sticks only")
+            yield warning("repository", "repository.url is not set", "without it packages come from USB sticks only")
             return
         if repository.root_file is None:
             raise ConfigError("repository.root_file is not set", hint="put the operator's root.json onto the box")
@@ -228,74 +242,59 @@ class Doctor:
         begun = time.monotonic()
         with source.open("metadata/timestamp.json") as stream:
             next(stream.blocks, b"")
-        yield _ok("repository", f"{repository.url} answers in {time.monotonic() - begun:.2f} s")
+        yield ok("repository", f"{repository.url} answers in {time.monotonic() - begun:.2f} s")
 
     def _broker(self) -> Iterator[Finding]:
-        mqtt = self._config.mqtt
-        where = f"{mqtt.host}:{mqtt.port}"
-        if not mqtt.enabled:
-            yield _ok("broker", "mqtt.enabled is false")
+        yield from examine_broker(self._config)
+
+    def _local_api(self) -> Iterator[Finding]:
+        api = self._config.local_api
+        if api.tcp_port is not None:
+            read_token(api)
+            yield ok("local api", f"the loopback's port {api.tcp_port} asks for the token of {api.token_file}")
+        if api.socket is None:
             return
-        failure = asyncio.run(_try_broker(self._config))
-        if failure is None:
-            yield _ok("broker", f"{where} lets {self._config.device.id} in{' over TLS' if mqtt.tls else ''}")
+        unix_socket.check(api.socket, api.group)
+        if api.socket.is_socket():
+            yield ok("local api", f"{api.socket} is there")
+            return
+        folder = api.socket.parent
+        while not folder.exists():
+            folder = folder.parent
+        if api.socket.exists():
+            yield failure("local api", f"{api.socket} is there and is no socket", "remove it, or set local_api.socket")
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            who = f"user {os.geteuid()} may not write {folder}"
+            yield failure("local api", f"{api.socket} cannot be made: {who}", _NOT_YOURS)
         else:
-            yield _error("broker", f"{where}: {failure}", "check mqtt.host, port, username, tls, and the broker's log")
-        if mqtt.tls is None and mqtt.host not in {"127.0.0.1", "localhost", "::1"}:
-            yield _warning("broker", f"{where} is reached without TLS", "set mqtt.tls: others can read along")
+            yield ok("local api", f"{api.socket} can be made")
 
     def _agent(self) -> Iterator[Finding]:
         socket = self._config.local_api.socket
-        if socket is None:
+        if socket is None or (socket.exists() and not socket.is_socket()):
             return
         try:
             sample = read_status(socket)
         except ServiceError as error:
-            yield _warning("agent", error.message, error.hint)
+            yield warning("agent", error.message, error.hint or _MEND)
             return
         text = f"it runs, engine {sample.worker}, {sample.requests_total} requests, {sample.worker_restarts} restarts"
         if sample.worker in {"failed", "safe_mode"}:
-            yield _error("agent", text, "journalctl -u lamplighter-agent says why")
+            yield failure("agent", text, "journalctl -u lamplighter-agent says why")
         elif sample.throttled:
-            yield _warning("agent", f"{text}; the CPU is slowed down for heat or power", "cool the box")
+            yield warning("agent", f"{text}; the CPU is slowed down for heat or power", "cool the box")
         else:
-            yield _ok("agent", text)
+            yield ok("agent", text)
 
 
-async def _try_broker(config: AgentConfig) -> str | None:
-    """Connect as a client of another id; return None, or why it does not work."""
-    topics = Topics(config.mqtt.prefix, config.device.id)
-    up = asyncio.Event()
-
-    def ignore(_message: Incoming) -> None:
-        """Retained messages are not what is looked for."""
-
-    handlers = MqttHandlers(
-        will=lambda _number: Will(topics.device("event"), b"{}"),
-        connected=lambda _number: up.set(),
-        disconnected=lambda _reason: None,
-        message=ignore,
-    )
-    subscriptions = [Subscription(topics.device("desired"), 0)]
-    connection = MqttConnection(config.mqtt, f"lamplighter-doctor-{config.device.id}", subscriptions, handlers)
-    connection.start()
-    try:
-        await asyncio.wait_for(up.wait(), _BROKER_TIMEOUT_S)
-    except TimeoutError:
-        return connection.failure or f"no answer within {_BROKER_TIMEOUT_S:g} s"
-    finally:
-        await connection.stop(1.0)
-    return None
-
-
-def _certificate(path: Path) -> Finding:
-    left = valid_until(path) - datetime.now(UTC)
-    text = f"{path} is valid for {left.days} more days"
-    if left < timedelta(0):
-        return _error("certificates", f"{path} expired {-left.days} days ago", "replace it and restart the agent")
-    if left < _EXPIRES_SOON:
-        return _warning("certificates", text, "renew it")
-    return _ok("certificates", text)
+def _certificate(path: Path, now: datetime) -> Finding:
+    until = valid_until(path)
+    if until < now:
+        return failure("certificates", f"{path} expired on {until:%Y-%m-%d}", "replace it and restart the agent")
+    text = f"{path} is valid until {until:%Y-%m-%d}"
+    if until - now < _EXPIRES_SOON:
+        return warning("certificates", f"{text}, {(until - now).days} days from now", "renew it")
+    return ok("certificates", text)
 
 
 def _cpu_flags(root: Path) -> set[str]:
@@ -313,15 +312,3 @@ def _file_system(path: Path, root: Path) -> str:
         if path.is_relative_to(place) and place.is_relative_to(best):
             best, kind = place, fields[2]
     return kind
-
-
-def _ok(check: str, message: str) -> Finding:
-    return Finding(check=check, level="ok", message=message)
-
-
-def _warning(check: str, message: str, advice: str | None) -> Finding:
-    return Finding(check=check, level="warning", message=message, advice=advice)
-
-
-def _error(check: str, message: str, advice: str | None) -> Finding:
-    return Finding(check=check, level="error", message=message, advice=advice)

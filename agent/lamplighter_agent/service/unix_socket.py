@@ -30,12 +30,7 @@ def listen(path: Path, *, mode: int, group: str | None) -> socket.socket:
         ConfigError: If the group is unknown or the path longer than the kernel takes.
         ServiceError: If a living process listens there, something else is there, or the system refuses.
     """
-    if len(os.fsencode(path)) > MAX_PATH_BYTES:
-        raise ConfigError(
-            f"local_api.socket {path} has {len(os.fsencode(path))} bytes; the kernel takes {MAX_PATH_BYTES}",
-            hint="choose a shorter path",
-        )
-    group_id = _group_id(group)
+    group_id = check(path, group)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         _remove_stale(path)
@@ -59,6 +54,20 @@ def listen(path: Path, *, mode: int, group: str | None) -> socket.socket:
             hint="check the directory's permissions and local_api.socket, mode and group",
         ) from error
     return listener
+
+
+def check(path: Path, group: str | None) -> int | None:
+    """Return the id of the group, or None for none, if a socket can have this path and group.
+
+    Raises:
+        ConfigError: If the group is unknown or the path longer than the kernel takes.
+    """
+    if len(os.fsencode(path)) > MAX_PATH_BYTES:
+        raise ConfigError(
+            f"local_api.socket {path} has {len(os.fsencode(path))} bytes; the kernel takes {MAX_PATH_BYTES}",
+            hint="choose a shorter path",
+        )
+    return _group_id(group)
 
 
 def _remove_stale(path: Path) -> None:
