@@ -64,6 +64,15 @@ def test_systemd_gives_up_only_after_the_agents_own_remedies() -> None:
     assert unit["RestartPreventExitStatus"] == [str(ConfigError.exit_code)]
 
 
+def test_a_helper_that_could_not_start_is_started_again_and_never_often_enough_to_end_its_path_unit() -> None:
+    helper = settings(LIMITS)
+    assert helper["Restart"] == ["on-failure"]
+    retries = int(helper["StartLimitIntervalSec"][0]) / int(helper["RestartSec"][0])
+    # Besides retries, each start of the agent asks three times: by its end, its share, its plan.
+    starts = 3 * int(helper["StartLimitIntervalSec"][0]) / int(settings(SERVICE)["RestartSec"][0])
+    assert retries + starts < int(helper["StartLimitBurst"][0])
+
+
 def test_the_socket_is_where_the_agent_looks() -> None:
     configured = (UNITS.parent / "configs" / "agent.yaml").read_text()
     (path,) = settings(UNITS / "lamplighter-agent.socket")["ListenStream"]

@@ -137,10 +137,10 @@ def test_a_runtime_directory_that_is_full_or_gone_is_no_failure(
     assert "memory limits cannot be asked for" in caplog.text
 
 
-def run_helper(tmp_path: Path, request_file: Path, unit: Path | None = None) -> str:
-    """Run the helper with a systemctl that writes down what it is told."""
+def run_helper(tmp_path: Path, request_file: Path, unit: Path | None = None, status: int = 0) -> str:
+    """Run the helper with a systemctl that writes down what it is told, and ends with ``status``."""
     systemctl = tmp_path / "systemctl"
-    systemctl.write_text('#!/bin/sh\necho "$@" >>"$0.log"\n')
+    systemctl.write_text(f'#!/bin/sh\necho "$@" >>"$0.log"\nexit {status}\n')
     systemctl.chmod(0o755)
     environment = {
         "PATH": "/usr/bin:/bin",
@@ -156,7 +156,7 @@ def run_helper(tmp_path: Path, request_file: Path, unit: Path | None = None) -> 
         timeout=30,
         check=False,
     )
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (status, "")
     log = tmp_path / "systemctl.log"
     return log.read_text() if log.exists() else ""
 
@@ -218,3 +218,19 @@ def test_limits_that_a_person_has_set_are_left_alone(tmp_path: Path, request_fil
     drop_in.write_text("[Service]\nMemoryMax=1G\n")
     request_file.write_text(f"{190 * MIB} {200 * MIB}\n")
     assert run_helper(tmp_path, request_file, unit) == ""
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "[Service]\nMemoryHigh=75%\n", "[Service]\nMemoryHigh=75%\nMemoryMax=900M\n"]
+)
+def test_a_unit_without_shares_is_left_alone(tmp_path: Path, request_file: Path, text: str | None) -> None:
+    unit = tmp_path / "unit.service"
+    if text is not None:
+        unit.write_text(text)
+    request_file.write_text("100000000 200000000\n")
+    assert run_helper(tmp_path, request_file, unit) == ""
+
+
+def test_a_systemd_that_refuses_fails_the_helper_which_is_then_tried_again(tmp_path: Path, request_file: Path) -> None:
+    request_file.write_text("share\n")
+    assert run_helper(tmp_path, request_file, status=1) == SHARE_PROPERTIES
