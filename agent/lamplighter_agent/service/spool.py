@@ -69,6 +69,7 @@ class Spool:
             temporary.rename(path)
         except OSError as error:
             self.dropped += 1
+            _remove(temporary)
             raise StoreError(f"cannot write the telemetry spool {path}: {error}") from error
         self._append(self._next, len(message))
         self._next += 1
@@ -85,10 +86,10 @@ class Spool:
         return None
 
     def drop_first(self) -> None:
-        """Remove the oldest message, after it was sent."""
+        """Remove the oldest message, after it was sent; on a disk that takes no changes, until the next start."""
         number, nbytes = self._entries.popleft()
         self.nbytes -= nbytes
-        self._path(number).unlink(missing_ok=True)
+        _remove(self._path(number))
 
     def _append(self, number: int, nbytes: int) -> None:
         self._entries.append((number, nbytes))
@@ -96,3 +97,10 @@ class Spool:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:016d}{_SUFFIX}"
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("cannot remove from the telemetry spool: %s", error)

@@ -247,7 +247,10 @@ class TelemetryReporter:
         """Report until cancelled; what was sampled and not sent yet goes into the spool then."""
         try:
             while True:
-                await self.report()
+                try:
+                    await self.report()
+                except Exception:  # a boundary: one sample that cannot be taken must not be the last one
+                    logger.exception("a sample of telemetry could not be taken")
                 await asyncio.sleep(self._interval_s)
         finally:
             self._keep()

@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from lamplighter_agent.config import AgentConfig, RequestsConfig, TelemetryConfig
+from lamplighter_agent.errors import StoreError
 from lamplighter_agent.service.admission import RequestQueue
 from lamplighter_agent.service.metrics import prometheus_text
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.service.spool import Spool
 from lamplighter_agent.service.telemetry import Sampler, TelemetryReporter
-from lamplighter_agent.service.telemetry_message import LATENCY_BOUNDS_S, LatencyRecorder
+from lamplighter_agent.service.telemetry_message import LATENCY_BOUNDS_S, LatencyRecorder, TelemetryMessage
 from lamplighter_agent.service.worker import WorkerSpec
+from support.broken_disk import BrokenDisk, DiskFault
 
 
 class Sink:
@@ -106,6 +109,51 @@ def test_a_spooled_file_that_vanished_is_passed_over(tmp_path: Path) -> None:
     spool.push(b"two")
     min(tmp_path.iterdir()).unlink()
     assert (spool.first(), spool.dropped) == (b"two", 1)
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_spool_on_a_disk_that_takes_nothing_keeps_its_bound_and_sends_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: DiskFault
+) -> None:
+    disk = BrokenDisk(monkeypatch)
+    spool = Spool(tmp_path, max_bytes=20)
+    for message in (b"0123456789", b"abcdefghij"):
+        spool.push(message)
+    disk.fault = fault
+    for _ in range(3):
+        with pytest.raises(StoreError):
+            spool.push(b"ABCDEFGHIJ")
+    assert (spool.nbytes, spool.first()) == (10, b"abcdefghij")
+    spool.drop_first()
+    assert (spool.nbytes, spool.first()) == (0, None)
+    disk.fault = None
+    spool.push(b"ABCDEFGHIJ")
+    assert spool.first() == b"ABCDEFGHIJ"
+    assert [path.name for path in tmp_path.glob("*.part")] == []
+
+
+def test_a_sample_that_cannot_be_taken_is_not_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        config, sampler = make_sampler(tmp_path)
+        config = msgspec.structs.replace(config, telemetry=TelemetryConfig(interval_s=0.01))
+        sink = Sink()
+        sink.is_connected = True
+        taken, sample = asyncio.Event(), sampler.sample
+
+        async def second_time() -> TelemetryMessage:
+            if not taken.is_set():
+                taken.set()
+                raise OSError("the sensors are gone")
+            return await sample()
+
+        monkeypatch.setattr(sampler, "sample", second_time)
+        running = asyncio.create_task(TelemetryReporter(config, sampler, sink).run())
+        async with asyncio.timeout(20):
+            while not sink.messages:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        running.cancel()
+
+    asyncio.run(scenario())
 
 
 def test_samples_are_sent_in_batches_and_an_unfinished_batch_is_kept(tmp_path: Path) -> None:
