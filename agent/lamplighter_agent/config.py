@@ -162,7 +162,7 @@ class LocalApiConfig(msgspec.Struct, frozen=True, kw_only=True):
         mode: Permissions of the socket, octal digits.
         group: Group that owns the socket, or None to keep the process's.
         max_body_bytes: Largest request body.
-        max_connections: Connections open at once; requests on further ones are refused.
+        max_connections: Requests at once; further ones are refused.
         tcp_port: Also listen on this port of the loopback, or None; needs ``token_file``.
         token_file: File with the word that TCP clients send as ``Authorization: Bearer``.
     """

@@ -49,7 +49,7 @@ class LocalApi:
         self._state = ServerState()
         self._crowd = Crowd(config.max_connections)
         self._protocol = uvicorn.Config(
-            Gate(Routes(requests, facts, config.max_body_bytes).application(), self._crowd, token),
+            Gate(Routes(requests, facts, config.max_body_bytes).application(), token),
             lifespan="off",
             log_config=None,
             log_level="warning",

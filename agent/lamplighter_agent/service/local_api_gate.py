@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lamplighter_agent.service.local_api_protocol import TCP_CLIENT, Crowd
+from lamplighter_agent.service.local_api_protocol import ADMITTED, TCP_CLIENT
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +25,11 @@ class Gate:
 
     Args:
         application: What answers those who get in.
-        crowd: The open connections; while there are too many, requests are refused with 503.
         token: What TCP clients must show, or None where there is no TCP.
     """
 
-    def __init__(self, application: ASGIApp, crowd: Crowd, token: str | None) -> None:
+    def __init__(self, application: ASGIApp, token: str | None) -> None:
         self._application = application
-        self._crowd = crowd
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,8 +46,8 @@ class Gate:
             logger.info("POST %s by %s, pid %d", path, client.host, client.port)
         if refusal := _bad_header(request):
             return refusal
-        if self._crowd.too_many:
-            return _refused(503, "too many connections are open", "server_error", {"Retry-After": _RETRY_AFTER_S})
+        if not request.scope["state"][ADMITTED]:
+            return _refused(503, "too many requests are under way", "server_error", {"Retry-After": _RETRY_AFTER_S})
         if client.host == TCP_CLIENT and request.url.path not in _OPEN_PATHS and not self._shows_token(request):
             return _refused(401, "a wrong or missing token", "authentication_error", {"WWW-Authenticate": "Bearer"})
         return None

@@ -12,6 +12,7 @@ import logging
 import socket
 import struct
 from asyncio.trsock import TransportSocket
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 import h11
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 HEADER_TIMEOUT_S: Final = 10.0
 UNREAD_TIMEOUT_S: Final = 30.0
+MAX_SILENT: Final = 256
+ADMITTED: Final = "admitted"
 _PEER: Final = struct.Struct("3i")
 
 
@@ -37,10 +40,13 @@ class Peer(NamedTuple):
 
 
 class Crowd:
-    """The open connections, oldest first; where there are too many, those go that wait for their client.
+    """The open connections, oldest first, and who must go where there are too many.
+
+    A connection that has asked for nothing costs little, so that many may be there; one whose request has begun may
+    hold a body, so that few may. Both kinds make room for newer ones, but never while an answer is computed.
 
     Args:
-        most: How many there may be.
+        most: Requests at once.
     """
 
     def __init__(self, most: int) -> None:
@@ -50,23 +56,29 @@ class Crowd:
     def __len__(self) -> int:
         return len(self._connections)
 
-    @property
-    def too_many(self) -> bool:
-        """True if more are being answered than may be."""
-        return sum(not each.waits for each in self._connections) > self._most
-
     def join(self, connection: BoundedProtocol) -> None:
-        """Count a new connection; the oldest one that has not sent all of a request makes room for it."""
-        if len(self._connections) >= self._most:  # not while: those that are being answered stay
-            waiting = next((each for each in self._connections if each.waits), None)
-            if waiting is not None:
-                self.leave(waiting)
-                waiting.make_room()
+        """Count a new connection; if there are too many the oldest one that asks for nothing goes."""
+        if len(self._connections) >= self._most + MAX_SILENT:
+            self._make_room(each for each in self._connections if not each.is_asking)
         self._connections[connection] = None
+
+    def admit(self, connection: BoundedProtocol) -> bool:
+        """Return whether a request that has begun may go on; the oldest one whose body has not come makes room."""
+        if sum(each.is_asking for each in self._connections) <= self._most:
+            return True
+        return self._make_room(each for each in self._connections if each.lacks_body and each is not connection)
 
     def leave(self, connection: BoundedProtocol) -> None:
         """Count a connection no more."""
         self._connections.pop(connection, None)
+
+    def _make_room(self, candidates: Iterator[BoundedProtocol]) -> bool:
+        oldest = next(candidates, None)
+        if oldest is None:
+            return False
+        self.leave(oldest)
+        oldest.make_room()
+        return True
 
 
 class BoundedProtocol(H11Protocol):
@@ -88,13 +100,18 @@ class BoundedProtocol(H11Protocol):
         self._crowd = crowd
 
     @property
-    def waits(self) -> bool:
-        """True while nothing is being done here: the client has sent no request, or not all of it."""
-        return not self._answering or self.cycle.more_body
+    def is_asking(self) -> bool:
+        """True from the end of a request's header to the end of its answer."""
+        return self._answering
+
+    @property
+    def lacks_body(self) -> bool:
+        """True while the body of a request is awaited."""
+        return self._answering and self.cycle.more_body
 
     def make_room(self) -> None:
-        """Disconnect a client that waits, for another one."""
-        logger.debug("a client (%s, pid %d) that asks for nothing makes room", *(self.client or ("?", -1)))
+        """Disconnect a client that keeps this side waiting, for another one."""
+        logger.debug("a client (%s, pid %d) that has not sent its request makes room", *(self.client or ("?", -1)))
         self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in the base class
@@ -132,6 +149,7 @@ class BoundedProtocol(H11Protocol):
         if self.scope is not before:
             self._answering = True
             self._header_arrived()
+            self.scope["state"][ADMITTED] = self._crowd.admit(self)  # before the application runs
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP/1.1 in OpenAI's shape, unless an answer has begun."""

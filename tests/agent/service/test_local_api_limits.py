@@ -18,6 +18,7 @@ import pytest
 
 from lamplighter_agent.config import LocalApiConfig
 from lamplighter_agent.errors import ConfigError, ServiceError
+from lamplighter_agent.service import local_api_protocol
 from lamplighter_agent.service.local_api_protocol import BoundedProtocol
 from lamplighter_agent.service.worker import WorkerSpec
 from support.broker import free_port
@@ -127,8 +128,9 @@ async def _until_accepted(api: ApiBox, requests: int) -> None:
     "sent", [b"", b"GET /health HTT", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"]
 )
 def test_hundreds_of_connections_that_ask_for_nothing_keep_nobody_out(
-    api: ApiBox, socket_path: Path, sent: bytes
+    api: ApiBox, socket_path: Path, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
+    monkeypatch.setattr(local_api_protocol, "MAX_SILENT", 20)
     held = []
     for _ in range(300):
         held.append(connected(socket_path))
@@ -136,12 +138,40 @@ def test_hundreds_of_connections_that_ask_for_nothing_keep_nobody_out(
             held[-1].sendall(sent)
     with client_of(socket_path) as http:
         assert http.get("/v1/models").status_code == 200
-        assert api.api.open_connections <= 3
+        assert api.api.open_connections <= 3 + 20
     for connection in held:
         connection.close()
 
 
-def test_a_connection_that_is_being_answered_does_not_make_room(api: ApiBox, socket_path: Path) -> None:
+def test_who_comes_with_many_others_is_answered_or_told_to_come_again(api: ApiBox, socket_path: Path) -> None:
+    held = [connected(socket_path) for _ in range(100)]
+    body = json.dumps({"prompt": "hi"}).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    for connection in held:
+        connection.sendall(request)
+    answers = {connection.recv(100).split(b" ")[1] for connection in held}
+    assert b"200" in answers
+    assert answers <= {b"200", b"429", b"503"}
+    for connection in held:
+        connection.close()
+
+
+def test_bodies_that_do_not_come_make_room_for_one_that_does(api: ApiBox, socket_path: Path) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+    held = [connected(socket_path) for _ in range(4)]
+    for connection in held:
+        connection.sendall(head)
+    assert held[0].recv(100) == b""  # the fourth took its place
+    with client_of(socket_path) as http:
+        assert http.post("/v1/completions", json={"prompt": "hi"}).status_code == 200
+    for connection in held:
+        connection.close()
+
+
+def test_a_connection_that_is_being_answered_does_not_make_room(
+    api: ApiBox, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_api_protocol, "MAX_SILENT", 0)
     with asking(socket_path) as busy:
         received = busy.recv(100)
         idle = [connected(socket_path) for _ in range(10)]
@@ -328,5 +358,5 @@ def test_another_model_is_not_tokenized_for(api: ApiBox, socket_path: Path) -> N
 
 def test_a_number_of_more_than_64_bits_is_named(api: ApiBox, socket_path: Path) -> None:
     with client_of(socket_path) as http:
-        answer = http.post("/v1/completions", json={"prompt": "x", "max_tokens": int("9" * 400)})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "max_tokens")
+        answer = http.post("/v1/completions", json={"prompt": "x", "top_k": int("9" * 400)})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "top_k")
