@@ -16,7 +16,7 @@ from lamplighter_agent.errors import BuildError, ConfigError, FidelityError
 from lamplighter_agent.package.fidelity import Fidelity, GenerationFidelity
 from lamplighter_agent.package.manifest import CacheScales
 from lamplighter_builder.calibrate import Calibrated
-from lamplighter_builder.checkpoint import Checkpoint
+from lamplighter_builder.checkpoint import Checkpoint, printable
 from lamplighter_builder.generation import Answer
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.progress import Progress
@@ -59,7 +59,7 @@ class Reference:
     def __init__(
         self, checkpoint: Checkpoint, windows: TokenArray, answers: Sequence[Answer], progress: Progress
     ) -> None:
-        self.name = checkpoint.path.name
+        self.name = printable(checkpoint.source)
         self.windows = windows
         self._model = StreamedModel(checkpoint)
         # Two runs, though each reads the weights: a layer's activations are the most that is held, and answers as wide

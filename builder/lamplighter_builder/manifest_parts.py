@@ -18,7 +18,7 @@ from lamplighter_agent.errors import CheckpointError, ConfigError, ManifestError
 from lamplighter_agent.package.layout import check_name
 from lamplighter_agent.package.manifest import GenerationDefaults, Provenance
 from lamplighter_builder import __version__
-from lamplighter_builder.checkpoint import TokenizerFiles
+from lamplighter_builder.checkpoint import TokenizerFiles, printable
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.progress import Progress
 
@@ -157,11 +157,11 @@ def provenance(
     hashes = {}
     for path in files:
         with path.open("rb") as stream:
-            hashes[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+            hashes[printable(path.name)] = hashlib.file_digest(stream, "sha256").hexdigest()
         progress.advance(path.stat().st_size)
     tools = {name: installed_version(name) for name in _TOOLS}
     return Provenance(
-        source=source,
+        source=printable(source),
         source_sha256=hashes,
         tools={"lamplighter-builder": __version__, "python": platform.python_version(), **tools},
         options=options,

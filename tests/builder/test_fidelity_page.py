@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from lamplighter_agent.package.manifest import read_manifest
 from lamplighter_builder.cli import main
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\"'"
@@ -91,3 +93,12 @@ def test_build_without_calibration_has_a_page_without_plots(tiny_checkpoint: Pat
     page = ElementTree.fromstring((package / "fidelity.html").read_text(encoding="utf-8"))
     assert list(page.iter("svg")) == []
     assert "int8 cache instead of float32" in texts(page)
+
+
+def test_name_that_is_no_text_is_told_as_far_as_it_is(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"m\xff\x1b[31m")
+    shutil.copytree(tiny_checkpoint, source)
+    package = build(source, tmp_path / "package")
+    page = ElementTree.fromstring((package / "fidelity.html").read_text(encoding="utf-8"))
+    assert any(text.startswith("m\ufffd\ufffd[31m, on ") for text in texts(page))
+    assert read_manifest(package).provenance.source == "m\ufffd\ufffd[31m"
