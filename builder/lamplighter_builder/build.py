@@ -53,7 +53,7 @@ from lamplighter_builder.precision import (
     uniform_scheme,
 )
 from lamplighter_builder.progress import Progress
-from lamplighter_builder.quantization.calibration import TokenArray
+from lamplighter_builder.quantization.calibration import TokenArray, mixed_windows, shipped_texts
 from lamplighter_builder.reference_config import reference_config
 from lamplighter_builder.targets import GraphTarget
 from lamplighter_builder.weights import check_weights, write_weights
@@ -125,6 +125,10 @@ class Outline:
     tokenizer: Tokenizer
     generation: GenerationDefaults
     chat_format: ChatFormat | None
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text in tokens, without special ones around it."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def memory(self, graph: Graph) -> MemoryNeeds:
         """Return what running it costs with the matrices of ``graph``."""
@@ -270,11 +274,13 @@ def examine_written(
 ) -> Examination:
     """Run the written model, and compare it with the checkpoint unless the options say otherwise.
 
-    ``heard`` are the windows of its calibration, or None.
+    ``heard`` are the windows of its calibration, or None: its cache then listens to the builder's own.
 
     Raises:
         BuildError: If onnxruntime cannot load it.
     """
+    if heard is None:
+        heard = mixed_windows(shipped_texts(outline.chat_format), outline.encode)
     subject = Subject(
         writer.directory / MODEL_NAME,
         outline.tokenizer,

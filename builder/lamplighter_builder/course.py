@@ -20,8 +20,7 @@ _ROUNDING: Final = 2.5
 _WEIGHING: Final = 1000.0
 _ROUNDING_WEIGHTS: Final = 5000.0
 
-_RUN: Final = {"loading": 100.0, "cache scales": 1000.0, "self-test": 300.0}
-_CACHE_SCALES_HEARD: Final = 2000.0
+_RUN: Final = {"loading": 100.0, "cache scales": 3000.0, "self-test": 300.0}
 _FIDELITY: Final = {
     "fidelity: answers": 1500.0,
     "fidelity: reference": 2500.0,
@@ -54,7 +53,5 @@ def expected_course(
     course["weights"] = _WEIGHTS[quantizer] if precision in ("int4", "int8") else _FLOAT_WEIGHTS
     if runs:
         course |= _RUN
-        if heard_tokens:
-            course["cache scales"] += _CACHE_SCALES_HEARD
         course |= _FIDELITY if compares else {}
     return course | _FILES

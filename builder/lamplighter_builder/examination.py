@@ -23,10 +23,7 @@ from lamplighter_builder.targets import GraphTarget
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A written model and what is known of it.
-
-    ``windows`` are the tokens of its calibration, int64 [windows, tokens], or None where there was none.
-    """
+    """A written model and what is known of it; ``windows`` are tokens of calibration text, int64 [windows, tokens]."""
 
     model: Path
     tokenizer: Tokenizer
@@ -34,7 +31,7 @@ class Subject:
     generation: GenerationDefaults
     facts: ModelFacts
     target: GraphTarget
-    windows: TokenArray | None = None
+    windows: TokenArray
 
 
 @dataclass(frozen=True, slots=True)

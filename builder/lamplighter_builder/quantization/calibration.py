@@ -99,7 +99,7 @@ def _render(conversation: str, chat_format: ChatFormat) -> str:
 
 
 def token_windows(texts: Sequence[str], encode: Callable[[str], Sequence[int]], max_tokens: int) -> TokenArray:
-    """Cut texts into windows of equal length, mixed so that any first few of them are varied.
+    """Cut texts into windows to calibrate on.
 
     Args:
         texts: What to cut.
@@ -112,14 +112,19 @@ def token_windows(texts: Sequence[str], encode: Callable[[str], Sequence[int]], 
     Raises:
         ConfigError: If there is too little text.
     """
-    found = cut_windows(texts, encode)
+    found = mixed_windows(texts, encode)
     if len(found) < MIN_WINDOWS:
         raise ConfigError(
             f"the calibration text makes {len(found)} windows of {WINDOW_TOKENS} tokens, but {MIN_WINDOWS} are needed",
             hint="give more text, in longer files",
         )
-    order = np.random.default_rng(_SHUFFLE_SEED).permutation(len(found))
-    return found[order[: max(MIN_WINDOWS, max_tokens // WINDOW_TOKENS)]]
+    return found[: max(MIN_WINDOWS, max_tokens // WINDOW_TOKENS)]
+
+
+def mixed_windows(texts: Sequence[str], encode: Callable[[str], Sequence[int]]) -> TokenArray:
+    """Return the whole windows of the texts, mixed so that any first few of them are varied: int64 [windows, 256]."""
+    found = cut_windows(texts, encode)
+    return found[np.random.default_rng(_SHUFFLE_SEED).permutation(len(found))]
 
 
 def cut_windows(texts: Sequence[str], encode: Callable[[str], Sequence[int]]) -> TokenArray:
