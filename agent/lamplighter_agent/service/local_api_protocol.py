@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 HEADER_TIMEOUT_S: Final = 10.0
 UNREAD_TIMEOUT_S: Final = 30.0
+LATE_S: Final = 1.0
 MAX_SILENT: Final = 256
 ADMITTED: Final = "admitted"
 _PEER: Final = struct.Struct("3i")
@@ -43,7 +44,8 @@ class Crowd:
     """The open connections, oldest first, and who must go where there are too many.
 
     A connection that has asked for nothing costs little, so that many may be there; one whose request has begun may
-    hold a body, so that few may. Both kinds make room for newer ones, but never while an answer is computed.
+    hold a body, so that few may. Both kinds make room for newer ones: the oldest that asks for nothing, and the oldest
+    whose body is late, but never one that is being answered.
 
     Args:
         most: Requests at once.
@@ -63,10 +65,10 @@ class Crowd:
         self._connections[connection] = None
 
     def admit(self, connection: BoundedProtocol) -> bool:
-        """Return whether a request that has begun may go on; the oldest one whose body has not come makes room."""
+        """Return whether a request that has begun may go on; the oldest one whose body is late makes room."""
         if sum(each.is_asking for each in self._connections) <= self._most:
             return True
-        return self._make_room(each for each in self._connections if each.lacks_body and each is not connection)
+        return self._make_room(each for each in self._connections if each.is_late and each is not connection)
 
     def leave(self, connection: BoundedProtocol) -> None:
         """Count a connection no more."""
@@ -92,6 +94,7 @@ class BoundedProtocol(H11Protocol):
     header_timeout_s = HEADER_TIMEOUT_S
     unread_timeout_s = UNREAD_TIMEOUT_S
     _answering = False
+    _asked_s = 0.0
     _header_timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
 
@@ -105,9 +108,9 @@ class BoundedProtocol(H11Protocol):
         return self._answering
 
     @property
-    def lacks_body(self) -> bool:
-        """True while the body of a request is awaited."""
-        return self._answering and self.cycle.more_body
+    def is_late(self) -> bool:
+        """True while the body of a request is awaited for longer than a client needs that means it."""
+        return self._answering and self.cycle.more_body and self.loop.time() - self._asked_s > LATE_S
 
     def make_room(self) -> None:
         """Disconnect a client that keeps this side waiting, for another one."""
@@ -148,6 +151,7 @@ class BoundedProtocol(H11Protocol):
         super().handle_events()
         if self.scope is not before:
             self._answering = True
+            self._asked_s = self.loop.time()
             self._header_arrived()
             self.scope["state"][ADMITTED] = self._crowd.admit(self)  # before the application runs
 
