@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from lamplighter_agent.errors import ConfigError, ServiceError
 from lamplighter_agent.service.messages import Topics
 from lamplighter_agent.service.mqtt_bounds import MAX_PACKET_BYTES, BoundedClient
 
-MAX_INBOX: Final = 10_000
+MAX_INBOX: Final = 20_000
+_AT_ONCE: Final = 500
 _KEEPALIVE_S: Final = 30
 
 
@@ -112,11 +113,30 @@ class Broker:
         Raises:
             ServiceError: If the broker does not acknowledge it.
         """
+        self._wait_for(topic, self._send(topic, payload, qos, retain=retain, expiry_s=expiry_s))
+
+    def publish_to_all(self, topics: Sequence[str], payload: bytes, *, retain: bool = False) -> None:
+        """Publish the same on many topics with QoS 1, many at once: a round trip for each would take minutes.
+
+        Raises:
+            ServiceError: If the broker does not acknowledge one of them.
+        """
+        for begin in range(0, len(topics), _AT_ONCE):
+            some = topics[begin : begin + _AT_ONCE]
+            sent = [self._send(topic, payload, 1, retain=retain, expiry_s=None) for topic in some]
+            for topic, each in zip(some, sent, strict=True):
+                self._wait_for(topic, each)
+
+    def _send(
+        self, topic: str, payload: bytes, qos: int, *, retain: bool, expiry_s: int | None
+    ) -> paho.MQTTMessageInfo:
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.ContentType = "application/json"
         if expiry_s is not None:
             properties.MessageExpiryInterval = expiry_s
-        sent = self._client.publish(topic, payload, qos, retain, properties)
+        return self._client.publish(topic, payload, qos, retain, properties)
+
+    def _wait_for(self, topic: str, sent: paho.MQTTMessageInfo) -> None:
         try:
             sent.wait_for_publish(self._options.timeout_s)
         except (RuntimeError, ValueError) as error:

@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()  # nobody reads any more; keep the interpreter from complaining at exit
+        return 1
     return code
 
 

@@ -108,9 +108,8 @@ def list_devices(broker: Broker, *, wait_s: float = 5.0) -> list[Device]:
     broker.subscribe(*(f"{broker.prefix}/device/+/{leaf}" for leaf in ("status", "reported", "telemetry")))
     for message in broker.read_until_marker(_STORED_TIMEOUT_S):
         view.take(message.topic, message.payload)
-    for device in list(view.devices.values()):
-        if device.online:
-            broker.publish(broker.topics(device.id).device("command"), encode(CommandMessage(command="report")))
+    online = [broker.topics(device.id).device("command") for device in view.devices.values() if device.online]
+    broker.publish_to_all(online, encode(CommandMessage(command="report")))
     end = time.monotonic() + wait_s
     while any(device.online and device.telemetry is None for device in view.devices.values()):
         answer = broker.read(end - time.monotonic())

@@ -106,10 +106,9 @@ def push_all(
     )
     outcomes = {device_id: Outcome(device=device_id) for device_id in device_ids}
     topics = [broker.topics(device_id) for device_id in outcomes]
-    for each in topics:
-        broker.subscribe(each.device("reported"), each.device("status"))
-    for each in topics:
-        broker.publish(each.device("desired"), encode(wish), retain=True)
+    which = topics[0].device_id if len(topics) == 1 else "+"
+    broker.subscribe(*(f"{broker.prefix}/device/{which}/{leaf}" for leaf in ("reported", "status")))
+    broker.publish_to_all([each.device("desired") for each in topics], encode(wish), retain=True)
     end = time.monotonic() + timeout_s
     while not all(outcome.ended for outcome in outcomes.values()):
         message = broker.read(end - time.monotonic())

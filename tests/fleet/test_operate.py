@@ -21,7 +21,7 @@ from lamplighter_fleet.devices import FleetView, list_devices
 from lamplighter_fleet.keys import KeyDirectory, create_keys
 from lamplighter_fleet.prompt import ask_device, ask_group
 from lamplighter_fleet.publish import publish_package
-from lamplighter_fleet.push import push
+from lamplighter_fleet.push import push, push_all
 from lamplighter_fleet.repository import Repository
 from lamplighter_fleet.terminal import change_line
 from lamplighter_fleet.watch import follow
@@ -166,6 +166,16 @@ def test_a_wrong_blob_is_told_by_file(fleet: Fleet) -> None:
         outcome = push(broker, "box1", PackageRef("tiny", "1.0.0"), timeout_s=60)
     assert (outcome.state, outcome.reason, outcome.file) == (UpdateState.FAILED, "hash_mismatch", "model.onnx.data")
     assert outcome.active is None
+
+
+def test_a_wish_reaches_more_devices_than_are_told_at_once(tmp_path: Path) -> None:
+    ids = [f"box{number:04}" for number in range(1100)]
+    with running_broker(tmp_path) as broker, connect(BrokerOptions(port=broker.port)) as tool:
+        outcomes = push_all(tool, ids, PackageRef("tiny", "1"), timeout_s=0.0)
+        assert [(each.device, each.report, each.online) for each in outcomes] == [(name, None, None) for name in ids]
+        tool.subscribe("lamplighter/v1/device/+/desired")
+        told = [message.topic.split("/")[3] for message in tool.read_until_marker(60.0)]
+    assert sorted(told) == ids
 
 
 def test_push_to_nobody_gives_up_and_says_why(fleet: Fleet) -> None:
