@@ -152,6 +152,7 @@ def test_a_sample_that_cannot_be_taken_is_not_the_last_one(tmp_path: Path, monke
             while not sink.messages:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
         running.cancel()
+        assert sink.samples[0] == (False, 0)
 
     asyncio.run(scenario())
 
