@@ -197,6 +197,8 @@ class Broker:
         """Disconnect."""
         self._client.disconnect()
         self._client.loop_stop()
+        # The client closes its own pipe when it is let go of, which a cycle would leave to the garbage collector.
+        self._client.on_connect = self._client.on_message = self._client.on_subscribe = None
 
     def _make_client(self) -> BoundedClient:
         options = self._options

@@ -197,3 +197,4 @@ class TestClient:
     def close(self) -> None:
         self._client.disconnect()
         self._client.loop_stop()
+        self._client.on_connect = self._client.on_message = self._client.on_subscribe = None  # no cycle keeps its pipe
