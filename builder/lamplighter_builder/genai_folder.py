@@ -19,6 +19,7 @@ from lamplighter_agent.package.layout import GENAI_CONFIG_NAME, check_name
 from lamplighter_agent.package.manifest import ExecutionProvider
 from lamplighter_builder.checkpoint import read_json
 from lamplighter_builder.fields import Fields
+from lamplighter_builder.models.common import MOST_LAYERS, read_size
 
 _DOMAINS: Final = frozenset({"", "ai.onnx", "com.microsoft"})
 _PROVIDERS: Final[Mapping[str, ExecutionProvider]] = {"cuda": "cuda", "dml": "dml"}
@@ -26,6 +27,7 @@ _TOKEN_INPUTS: Final = ("input_ids", "attention_mask")
 _HIDDEN_OUTPUT: Final = "hidden_states"
 _OPTIONAL_INPUTS: Final = frozenset({"position_ids", "logits_start", "rope_tokens"})
 _PAST_INPUTS: Final = slice(3, 5)
+_TABLE_INPUT: Final = 7
 _INT64: Final = int(TensorProto.INT64)
 _NAMES: Final[Mapping[str, Mapping[str, str]]] = {
     "inputs": {
@@ -79,6 +81,8 @@ class Sizes(NamedTuple):
     key_value_heads: int
     head_dim: int
     vocab: int
+    context: int
+    hidden: int
 
 
 def read_genai_folder(path: Path) -> GenaiFolder:
@@ -100,11 +104,13 @@ def read_genai_folder(path: Path) -> GenaiFolder:
         raise CheckpointError(f"{model_path}: no ONNX model: {error}") from error
     provider, unknown = _provider(decoder)
     sizes = Sizes(
-        decoder.integer("num_hidden_layers"),
-        decoder.integer("num_attention_heads"),
-        decoder.integer("num_key_value_heads"),
-        decoder.integer("head_size"),
-        section.integer("vocab_size"),
+        read_size(decoder, "num_hidden_layers", most=MOST_LAYERS),
+        read_size(decoder, "num_attention_heads"),
+        read_size(decoder, "num_key_value_heads"),
+        read_size(decoder, "head_size"),
+        read_size(section, "vocab_size"),
+        read_size(section, "context_length", least=2),
+        read_size(decoder, "hidden_size"),
     )
     half = any(
         value.name.startswith("past_key_values.") and value.type.tensor_type.elem_type == TensorProto.FLOAT16
@@ -143,10 +149,12 @@ def graph_differences(model: ModelProto, sizes: Sizes, *, half: bool) -> Iterato
     known = {*_TOKEN_INPUTS, *_OPTIONAL_INPUTS, *(f"past_key_values.{name}" for name in caches)}
     yield from (f"an unknown input {name}" for name in inputs if name not in known)
     if _HIDDEN_OUTPUT in outputs:
-        yield from _tensor("output", outputs, _HIDDEN_OUTPUT, dtype, (None, None, None))
+        yield from _tensor("output", outputs, _HIDDEN_OUTPUT, dtype, (None, None, sizes.hidden))
     known = {"logits", _HIDDEN_OUTPUT, *(f"present.{name}" for name in caches)}
     yield from (f"an unknown output {name}" for name in outputs if name not in known)
     yield from _attention_differences(model, sizes)
+    if (rows := _rotary_rows(model)) is not None and rows < sizes.context:
+        yield f"its rotary tables have {rows} rows, but context_length is {sizes.context}"
     if "logits" in outputs:
         width = outputs["logits"].type.tensor_type.shape.dim[-1].dim_value
         if width < sizes.vocab:
@@ -177,6 +185,17 @@ def _attention_differences(model: ModelProto, sizes: Sizes) -> Iterator[str]:
             )
     if missing := sorted(set(map(str, range(sizes.layers))) - served, key=int):
         yield f"no GroupQueryAttention for the cache of layer {', '.join(missing)}"
+
+
+def _rotary_rows(model: ModelProto) -> int | None:
+    """Return the positions that the attention can rotate; None where its tables are made by other nodes."""
+    shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    tables = {
+        node.input[_TABLE_INPUT]
+        for node in model.graph.node
+        if node.op_type == "GroupQueryAttention" and len(node.input) > _TABLE_INPUT
+    }
+    return min((shapes[name][0] for name in tables if shapes.get(name)), default=None)
 
 
 def _tensor(

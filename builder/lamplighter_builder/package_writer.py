@@ -27,7 +27,7 @@ from lamplighter_agent.package.layout import (
     WEIGHTS_NAME,
     check_name,
 )
-from lamplighter_agent.package.manifest import FileEntry, FileRole, Manifest, encode_manifest
+from lamplighter_agent.package.manifest import FileEntry, FileRole, Manifest, decode_manifest, encode_manifest
 from lamplighter_builder.progress import Progress
 
 _ROLES: Final[dict[str, FileRole]] = {
@@ -109,7 +109,9 @@ class PackageWriter:
             ManifestError: If the manifest breaks a rule of the format.
             OSError: If the disk is full or fails.
         """
-        self.write(MANIFEST_NAME, encode_manifest(manifest))
+        data = encode_manifest(manifest)
+        decode_manifest(data)  # as every agent does; types are checked there alone
+        self.write(MANIFEST_NAME, data)
         self.directory.chmod(0o755)
         _sync_directory(self.directory)
         try:

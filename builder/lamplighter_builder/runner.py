@@ -30,7 +30,7 @@ _CACHE_DTYPES: Final[Mapping[str, npt.DTypeLike]] = {
     "tensor(float16)": np.float16,
     "tensor(int8)": np.int8,
 }
-_LOAD_ERRORS: Final = (
+_ORT_ERRORS: Final = (
     ort.Fail,
     ort.InvalidArgument,
     ort.InvalidGraph,
@@ -105,7 +105,7 @@ class Runner:
         options.enable_cpu_mem_arena = False
         try:
             self._session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except _LOAD_ERRORS as error:
+        except _ORT_ERRORS as error:
             raise BuildError(f"{self._model}: onnxruntime cannot load it: {error}") from error
         return self._session
 
@@ -158,6 +158,9 @@ class Runner:
 
         Returns:
             Logits float32 [B, n, V] and the cache after the tokens.
+
+        Raises:
+            BuildError: If onnxruntime cannot load or run the model.
         """
         total = cache.offset + tokens.shape[1]
         feeds: dict[str, Array] = {
@@ -172,7 +175,11 @@ class Runner:
             feeds["logits_start"] = np.array([logits_start], dtype=np.int64)
         if self._has_rope_tokens:
             feeds["rope_tokens"] = np.array([rope_tokens], dtype=np.int64)
-        results = dict(zip(self._outputs, self._loaded().run(self._outputs, feeds), strict=True))
+        session = self._loaded()
+        try:
+            results = dict(zip(self._outputs, session.run(self._outputs, feeds), strict=True))
+        except _ORT_ERRORS as error:
+            raise BuildError(f"{self._model}: onnxruntime cannot run it: {error}") from error
         arrays = {name: results[name.replace("past_key_values", "present")] for name in cache.arrays}
         logits = results["logits"].astype(np.float32, copy=False)
         if logits_start is not None and not self._has_logits_start:
@@ -185,11 +192,14 @@ class Runner:
         """Return up to ``count`` most likely tokens after ``prompt``; the last one may be an end token.
 
         With LongRoPE a text that outgrows ``short_rope_tokens`` is computed again with the long factors.
+
+        Raises:
+            BuildError: If the model cannot be run, or its logits are not finite.
         """
         logits, cache = self.run(_row(prompt), self.empty_cache(), logits_start=len(prompt) - 1)
         found: list[GreedyToken] = []
         while True:
-            found.append(_choose(logits[0, -1]))
+            found.append(self._choose(logits[0, -1]))
             if len(found) == count or found[-1].token in eos:
                 return found
             if cache.offset == short_rope_tokens:
@@ -197,6 +207,12 @@ class Runner:
                 logits, cache = self.run(_row(text), self.empty_cache(), logits_start=len(text) - 1)
             else:
                 logits, cache = self.run(_row([found[-1].token]), cache)
+
+    def _choose(self, logits: FloatArray) -> GreedyToken:
+        if not np.isfinite(logits).all():
+            raise BuildError(f"{self._model}: the model gives logits that are not finite")
+        second, first = np.partition(logits, -2)[-2:]
+        return GreedyToken(int(logits.argmax()), float(first - second))
 
 
 class GreedyToken(NamedTuple):
@@ -233,8 +249,3 @@ def _accuracy_level(node: onnx.NodeProto) -> int:
 
 def _row(tokens: list[int]) -> IntArray:
     return np.array([tokens], dtype=np.int64)
-
-
-def _choose(logits: FloatArray) -> GreedyToken:
-    second, first = np.partition(logits, -2)[-2:]
-    return GreedyToken(int(logits.argmax()), float(first - second))

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from lamplighter_agent.engine.generate import Engine
 from lamplighter_agent.engine.options import EngineOptions
-from lamplighter_agent.errors import CheckpointError, UnsupportedModelError
+from lamplighter_agent.errors import BuildError, CheckpointError, UnsupportedModelError
 from lamplighter_agent.package.hashing import verify_file
 from lamplighter_agent.package.manifest import UNKNOWN_LICENCE, Manifest, read_manifest
 from lamplighter_builder.cli import main
@@ -114,7 +114,8 @@ def test_folder_whose_graph_leaves_its_cache_open_is_evaluated_as_the_package(
     change_model(folder, leave_cache_open)
     assert main(["evaluate", str(folder), str(tiny_int4), "--reference", str(tiny_checkpoint), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found[str(folder)] == found[str(tiny_int4)]
+    # Only a package has scales for an 8-bit cache.
+    assert found[str(folder)] == found[str(tiny_int4)] | {"int8_cache": None}
     assert found[str(folder)]["accuracy_level"]["tokens"] > 0
 
 
@@ -303,6 +304,13 @@ def edit_config(folder: Path, change: Callable[[dict[str, object]], object]) -> 
         (lambda decoder: decoder.update(filename="../model.onnx"), CheckpointError, "decoder.filename"),
         (lambda decoder: decoder.update(filename="other.onnx"), CheckpointError, "no such file"),
         (lambda decoder: decoder.pop("head_size"), CheckpointError, "'head_size' is missing"),
+        (lambda decoder: decoder.update(hidden_size=0), CheckpointError, "hidden_size is 0"),
+        (
+            lambda decoder: decoder.update(hidden_size=63),
+            UnsupportedModelError,
+            r"output hidden_states is float .*, 64\], but must be float \['any', 'any', 63\]",
+        ),
+        (lambda decoder: decoder.update(num_hidden_layers=10**9), CheckpointError, "must be from 1 to 4096"),
         (
             lambda decoder: decoder["session_options"].update(provider_options=[{"QNN": {}}]),
             UnsupportedModelError,
@@ -320,6 +328,33 @@ def test_configuration_that_does_not_suit_is_refused(
     changed = shutil.copytree(folder, tmp_path / "folder")
     edit_config(changed, change)
     with pytest.raises(error, match=words):
+        do_import(changed, tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+
+
+@pytest.mark.parametrize(
+    ("context", "error", "words"),
+    [
+        (1, CheckpointError, "context_length is 1, but must be from 2"),
+        (513, UnsupportedModelError, "rotary tables have 512 rows, but context_length is 513"),
+    ],
+)
+def test_context_that_the_graph_cannot_have_is_refused(
+    context: int, error: type[Exception], words: str, folder: Path, tmp_path: Path
+) -> None:
+    changed = shutil.copytree(folder, tmp_path / "folder")
+    config = json.loads((changed / "genai_config.json").read_text())
+    config["model"]["context_length"] = context
+    (changed / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=words):
+        do_import(changed, tmp_path / "package")
+
+
+def test_weights_that_give_no_numbers_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    changed = strip(build_tiny_package(tiny_checkpoint, tmp_path / "built", "fp32"), tmp_path / "folder")
+    data = changed / "model.onnx.data"
+    data.write_bytes(b"\xff" * data.stat().st_size)
+    with pytest.raises(BuildError, match="the model gives logits that are not finite"):
         do_import(changed, tmp_path / "package")
     assert not (tmp_path / "package").exists()
 

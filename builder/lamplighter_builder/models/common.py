@@ -9,7 +9,7 @@ from lamplighter_builder.fields import Fields
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 _MOST: Final = 2**31 - 1
-_MOST_LAYERS: Final = 4096
+MOST_LAYERS: Final = 4096
 """A damaged config must not make a build that never ends."""
 
 
@@ -41,7 +41,7 @@ def read_sizes(config: Fields) -> Sizes:
     return Sizes(
         hidden_size=hidden_size,
         intermediate_size=read_size(config, "intermediate_size"),
-        num_hidden_layers=read_size(config, "num_hidden_layers", most=_MOST_LAYERS),
+        num_hidden_layers=read_size(config, "num_hidden_layers", most=MOST_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=key_heads,
         head_dim=read_size(config, "head_dim", default=hidden_size // heads),
