@@ -221,6 +221,7 @@ def expect_course(outline: Outline, options: BuildOptions, heard: TokenArray | N
         expected_course(
             options.precision,
             quantization.quantizer,
+            hidden_size=outline.facts.hidden_size,
             heard_tokens=0 if heard is None else heard.size,
             sized=quantization.budget(outline.facts.parameters) is not None,
             runs=runs_here(outline.target, outline.memory(outline.graph)),

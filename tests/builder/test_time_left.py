@@ -73,12 +73,21 @@ def test_end_of_the_last_stage_has_nothing_left() -> None:
     assert course.left(1.0, now=10.0) is None
 
 
+def of(hidden_size: int, heard_tokens: int) -> dict[str, float]:
+    return expected_course(
+        "int4", "gptq", hidden_size=hidden_size, heard_tokens=heard_tokens, sized=True, runs=True, compares=True
+    )
+
+
 @pytest.mark.parametrize("heard_tokens", [1024, 10_000])
 def test_course_of_a_build_that_listens_grows_with_what_it_listens_to(heard_tokens: int) -> None:
-    def of(tokens: int) -> dict[str, float]:
-        return expected_course("int4", "gptq", heard_tokens=tokens, sized=True, runs=True, compares=True)
-
-    course, longer = of(heard_tokens), of(2 * heard_tokens)
+    course, longer = of(576, heard_tokens), of(576, 2 * heard_tokens)
     grown = {title for title, share in course.items() if longer[title] > share}
     assert grown == {"calibration: listening", "calibration: rounding"}
     assert list(course)[:4] == ["calibration: listening", "calibration: weighing", "calibration: rounding", "weights"]
+
+
+def test_wide_matrices_take_longest_to_round() -> None:
+    small, large = of(576, 9728), of(3072, 2560)
+    assert max(small, key=lambda title: small[title]) == "calibration: listening"
+    assert max(large, key=lambda title: large[title]) == "calibration: rounding"
