@@ -94,8 +94,8 @@ class KVCache:
     def mirrors(self, rows: int) -> tuple[CacheArray, ...]:
         """Return arrays like ``buffers`` with ``rows`` rows, each of which is the memory of slot 0.
 
-        A page that is reached through several rows counts as often in this process's resident size, but is there once.
-        Call it once: the arrays stay valid for the life of the cache.
+        A page that is reached through several rows counts as often in this process's resident size, but is there once;
+        see ``unmap_mirrors``. Call it once: the arrays stay valid for the life of the cache.
 
         Raises:
             OSError: If the system refuses the address space, or cannot map memory several times.
@@ -107,6 +107,11 @@ class KVCache:
             np.frombuffer(region, dtype=self.spec.dtype).reshape(rows, *shape)
             for region, shape in zip(self._mirror_maps, self._shapes, strict=True)
         )
+
+    def unmap_mirrors(self) -> None:
+        """Let the pages that were reached through ``mirrors`` count once again, until they are used the next time."""
+        for region in self._mirror_maps:
+            region.madvise(mmap.MADV_DONTNEED)
 
     def resident(self, index: int, slot: int, begin: int, end: int) -> tuple[CacheArray, int]:
         """Return where a buffer has a slot's tokens of the positions ``begin`` to ``end``.

@@ -394,4 +394,6 @@ class Scheduler:
             self._waiting.remove(sequence)
             return
         kept = keep and self._prefixes.keep(sequence, self._slots.slot(sequence))
+        if sequence.speculator is not None:
+            self._runner.cache.unmap_mirrors()
         self._slots.remove(sequence, leave=kept)

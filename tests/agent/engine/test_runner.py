@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,3 +185,20 @@ def test_a_text_with_speculation_is_the_text_without(engine: Engine, temperature
         assert [token.token_id for token in tokens] == expected[:-1]
         assert last.finished is not None
         assert last.finished.usage.generated_tokens == 150
+
+
+def times_resident() -> Counter[str]:
+    """Count, for each part of the cache's memory that is resident, the mappings that it is resident in."""
+    smaps = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    parts = re.findall(r"s ([0-9a-f]+) .* (\d+) +/memfd:lamplighter-kv.*\n(?:\w+: .*\n)*?Rss: +([1-9]\d*) kB", smaps)
+    return Counter(f"{inode} {offset}" for offset, inode, _ in parts)
+
+
+def test_what_drafts_map_several_times_is_mapped_once_afterwards(runner: ModelRunner) -> None:
+    expected = singly(runner, NEXT[:4])
+    runner.verify(NEXT[:4])
+    runner.cache.trim(0, 4)
+    assert max(times_resident().values()) > 1
+    runner.cache.unmap_mirrors()
+    assert max(times_resident().values()) == 1
+    assert np.array_equal(runner.verify(NEXT[:4]), expected)

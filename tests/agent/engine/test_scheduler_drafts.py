@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lamplighter_agent.engine.events import Event, Failed, Finished, TextDelta
 from lamplighter_agent.engine.intake import Intake
+from lamplighter_agent.engine.kv_cache import KVCache
 from lamplighter_agent.engine.memory import MemoryPlan
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.scheduler import Scheduler
@@ -186,3 +187,16 @@ def test_a_chunk_is_small_while_others_decode() -> None:
     world.drain_until(lambda: bool(world.tokens("b")))
     # 250 tokens a second for a quarter of a second; and never a single token at the end.
     assert world.runner.prefills == [99, 2, 62, 62, 62, 62, 52]
+
+
+def test_what_drafts_mapped_is_unmapped_when_their_request_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot keeps the text for the next prompt, and the rows of a draft would keep it many times over."""
+    ended = list[str]()
+    plan = memory_plan()
+    world = World(CopyingRunner(plan), plan)
+    monkeypatch.setattr(KVCache, "unmap_mirrors", lambda _: ended.append("copy"))
+    world.submit("copy", REPETITIVE, msgspec.structs.replace(GREEDY, max_tokens=40))
+    world.drain()
+    world.submit("plain", REPETITIVE, msgspec.structs.replace(GREEDY, speculation=False))
+    world.drain()
+    assert ended == ["copy"]
