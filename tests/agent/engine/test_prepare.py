@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lamplighter_agent.engine.external_data import mapped_bytes
 from lamplighter_agent.engine.generate import Engine
@@ -107,6 +109,29 @@ def test_a_flipped_byte_is_found_and_the_package_loads_as_built(
     prepare(tiny_package, root)
     assert damaged_file(directory) is None
     assert Engine.load(tiny_package, options=OPTIONS, prepared_root=root).prepared
+
+
+@pytest.fixture(scope="module")
+def prepared_copy(tiny_package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare(tiny_package, tmp_path_factory.mktemp("copy"))
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_a_change_within_a_word_is_found_wherever_it_is(prepared_copy: Path, data: st.DataObject) -> None:
+    path = prepared_copy / WEIGHTS_NAME
+    content = path.read_bytes()
+    place = 8 * data.draw(st.integers(0, len(content) // 8 - 1), label="word")
+    change = data.draw(st.integers(1, 2**64 - 1), label="change")
+    word = (int.from_bytes(content[place : place + 8], "little") ^ change).to_bytes(8, "little")
+    with path.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(word)
+    try:
+        assert damaged_file(prepared_copy) == WEIGHTS_NAME
+    finally:
+        path.write_bytes(content)
+    assert damaged_file(prepared_copy) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"key": 1}'])
