@@ -19,13 +19,14 @@ AGENT_LAYERS = {
     "errors": set(),
     "extras": {"errors"},
     "heap": set(),
+    "text": set(),
     "package": {"errors"},
     "arguments": set(),
     "update": {"errors", "package", "arguments"},
     "engine": {"errors", "heap", "package", "arguments"},
     "config": {"errors"},
     "config_file": {"errors", "config"},
-    "service": {"errors", "package", "update", "engine", "config", "config_file", "arguments"},
+    "service": {"errors", "package", "update", "engine", "config", "config_file", "arguments", "text"},
     "cli": {"errors", "update", "engine", "service"},
 }
 BUILDER_LAYERS = {
@@ -73,7 +74,7 @@ def test_builder_layers_import_only_what_lies_below(path: Path) -> None:
     for line, name in imports(path):
         top, *rest = name.split(".")
         if top == "lamplighter_agent" and rest:
-            assert rest[0] in {"errors", "extras", "heap", "package", "__version__"}, f"line {line}: {name}"
+            assert rest[0] in {"errors", "extras", "heap", "package", "text", "__version__"}, f"line {line}: {name}"
         if top == "lamplighter_builder" and rest and layer in BUILDER_LAYERS:
             assert rest[0] in BUILDER_LAYERS[layer], f"line {line}: {layer} imports {name}"
 

@@ -230,11 +230,6 @@ class HuggingFaceCheckpoint(Checkpoint):
         return read_tokenizer(self.path)
 
 
-def printable(name: str) -> str:
-    """Return a name that any text can hold: directories may be called what is no UTF-8, or holds control codes."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
-
-
 def _with_model_prefix(places: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Give the tensors of a decoder that was saved without its head the names that they have beside one."""
     if "embed_tokens.weight" not in places or any(name.startswith("model.") for name in places):

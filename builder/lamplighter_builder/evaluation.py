@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from lamplighter_agent.errors import BuildError, ConfigError, FidelityError
 from lamplighter_agent.package.fidelity import Fidelity, GenerationFidelity
 from lamplighter_agent.package.manifest import CacheScales
+from lamplighter_agent.text import printable
 from lamplighter_builder.calibrate import Calibrated
-from lamplighter_builder.checkpoint import Checkpoint, printable
+from lamplighter_builder.checkpoint import Checkpoint
 from lamplighter_builder.generation import Answer
 from lamplighter_builder.package_writer import PackageWriter
 from lamplighter_builder.progress import Progress

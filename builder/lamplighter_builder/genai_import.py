@@ -101,9 +101,7 @@ def import_package(path: Path, options: ImportOptions, progress: Progress) -> Ma
         check_graph(writer.directory / MODEL_NAME)
         writer.write(TOKENIZER_NAME, tokenizer_files.tokenizer_json)
         writer.write(GENAI_CONFIG_NAME, _genai_config(folder))
-        for source in (*(path / name for name in _TOKENIZER_FILES), *(p for n in _NOTICES for p in path.glob(n))):
-            if source.is_file():
-                writer.write(source.name, source.read_bytes())
+        _copy_texts(path, writer)
         self_tests: tuple[SelfTest, ...] = ()
         if target.provider == "cpu":
             runner = load_runner(writer.directory / MODEL_NAME, progress)
@@ -148,6 +146,13 @@ def _warn_of_lost_window(folder: GenaiFolder, facts: ModelFacts, progress: Progr
             f"{folder.path}: the configuration names a window of {window} tokens, but the graph's attention has none: "
             "longer texts are computed otherwise than the model was trained; build from its checkpoint for those"
         )
+
+
+def _copy_texts(path: Path, writer: PackageWriter) -> None:
+    """Take the folder's other tokenizer files, licences and notices along."""
+    for source in (*(path / name for name in _TOKENIZER_FILES), *(p for n in _NOTICES for p in path.glob(n))):
+        if source.is_file():
+            writer.write(source.name, source.read_bytes())
 
 
 def _genai_config(folder: GenaiFolder) -> bytes:

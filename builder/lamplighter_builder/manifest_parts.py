@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 from lamplighter_agent.errors import CheckpointError, ConfigError, ManifestError
 from lamplighter_agent.package.layout import check_name
 from lamplighter_agent.package.manifest import GenerationDefaults, Provenance
+from lamplighter_agent.text import printable
 from lamplighter_builder import __version__
-from lamplighter_builder.checkpoint import TokenizerFiles, printable
+from lamplighter_builder.checkpoint import TokenizerFiles
 from lamplighter_builder.fields import Fields
 from lamplighter_builder.progress import Progress
 

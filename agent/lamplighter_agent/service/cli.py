@@ -20,9 +20,9 @@ from lamplighter_agent.config_file import load_config
 from lamplighter_agent.engine.cli import add_engine_arguments, engine_options, prepared_root
 from lamplighter_agent.errors import ConfigError, RequestError, ServiceError
 from lamplighter_agent.package.manifest import Manifest
-from lamplighter_agent.service.json_faults import printable
 from lamplighter_agent.service.local_client import read_status
 from lamplighter_agent.service.status_view import status_lines
+from lamplighter_agent.text import printable
 from lamplighter_agent.update.states import PackageRef, UpdateReport
 
 if TYPE_CHECKING:

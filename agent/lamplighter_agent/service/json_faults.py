@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Final, NamedTuple
 
+from lamplighter_agent.text import printable
+
 MAX_NAME: Final = 64
 _MAX_TEXT: Final = 300
 _UNKNOWN_FIELD: Final = re.compile(r"unknown field `(.*)`", re.DOTALL)
@@ -50,11 +52,6 @@ def explain(error: Exception, data: bytes) -> JsonFault:
     if found := _MISSING_FIELD.search(text):
         param = param or found[1]
     return JsonFault(printable(text)[:_MAX_TEXT], param)
-
-
-def printable(text: str) -> str:
-    """Return text with every character replaced that a terminal or a log might act on."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _not_utf8(data: bytes) -> JsonFault:

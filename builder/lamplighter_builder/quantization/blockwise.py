@@ -239,6 +239,11 @@ def unpack(packed: CodeArray, bits: int, columns: int) -> CodeArray:
     return codes[:, :columns]
 
 
+def nonzero(values: FloatArray) -> FloatArray:
+    """Return the values with 1 in place of 0, so that a block of zeros divides cleanly."""
+    return np.where(values == 0, np.float32(1), values)
+
+
 def _pack_plane(parts: CodeArray, width: int) -> CodeArray:
     """Pack parts of codes [N, K], each below ``2 ** width``, into bytes [N, K * width / 8]."""
     ranges = np.split(parts, 8 // width, axis=1)

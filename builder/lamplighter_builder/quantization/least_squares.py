@@ -15,6 +15,7 @@ from lamplighter_builder.quantization.blockwise import (
     CodeArray,
     FloatArray,
     QuantizedMatrix,
+    nonzero,
     storable_scales,
 )
 from lamplighter_builder.quantization.rows import in_row_ranges
@@ -80,12 +81,12 @@ class _Search:
             zero_points = np.full_like(scales, form.default_zero_point)
         else:
             scales = storable_scales((highest - lowest) / np.float32(form.max_code))
-            zero_points = np.rint(-lowest / _nonzero(scales)).clip(0, form.max_code)
+            zero_points = np.rint(-lowest / nonzero(scales)).clip(0, form.max_code)
         offsets = self._keep(scales, zero_points)
         if form.bits < 8:
             power = np.einsum("nbk,nbk,bk->nb", offsets, offsets, self._share)
             match = np.einsum("nbk,nbk,bk->nb", offsets, self._values, self._share)
-            self._keep(storable_scales(np.where(power > 0, match / _nonzero(power), scales)), zero_points)
+            self._keep(storable_scales(np.where(power > 0, match / nonzero(power), scales)), zero_points)
 
     def codes(self) -> FloatArray:
         """Return the codes of the best scales, [N, blocks, block_size]."""
@@ -105,11 +106,6 @@ class _Search:
 
     def _offsets(self, scales: FloatArray, zero_points: FloatArray) -> FloatArray:
         zero = zero_points[:, :, None]
-        offsets = self._values / _nonzero(scales)[:, :, None]
+        offsets = self._values / nonzero(scales)[:, :, None]
         np.rint(offsets, out=offsets)
         return np.clip(offsets, -zero, self._format.max_code - zero, out=offsets)
-
-
-def _nonzero(values: FloatArray) -> FloatArray:
-    """Return the values with 1 in place of 0, so that a block of zeros divides cleanly."""
-    return np.where(values == 0, np.float32(1), values)

@@ -9,6 +9,7 @@ from lamplighter_builder.quantization.blockwise import (
     CodeArray,
     FloatArray,
     QuantizedMatrix,
+    nonzero,
     storable_scales,
 )
 from lamplighter_builder.quantization.rows import in_row_ranges
@@ -58,7 +59,7 @@ def _asymmetric(values: FloatArray, block_format: BlockFormat) -> tuple[FloatArr
     """Return scales and zero points [N, blocks] and codes [N, blocks, block_size] of values of that shape."""
     lowest, highest = np.minimum(values.min(axis=2), 0), np.maximum(values.max(axis=2), 0)
     scales = storable_scales((highest - lowest) / np.float32(block_format.max_code))
-    zero_points = np.rint(-lowest / _nonzero(scales)).clip(0, block_format.max_code).astype(np.uint8)
+    zero_points = np.rint(-lowest / nonzero(scales)).clip(0, block_format.max_code).astype(np.uint8)
     codes = _round(values, scales, zero_points.astype(np.float32)[:, :, None], block_format)
     return scales, zero_points, codes
 
@@ -66,12 +67,7 @@ def _asymmetric(values: FloatArray, block_format: BlockFormat) -> tuple[FloatArr
 def _round(
     values: FloatArray, scales: FloatArray, zero: FloatArray | np.float32, block_format: BlockFormat
 ) -> FloatArray:
-    codes = values / _nonzero(scales)[:, :, None]
+    codes = values / nonzero(scales)[:, :, None]
     np.rint(codes, out=codes)
     codes += zero
     return np.clip(codes, 0, block_format.max_code, out=codes)
-
-
-def _nonzero(scales: FloatArray) -> FloatArray:
-    """Return the scales with 1 in place of 0, so that a block of zeros divides cleanly."""
-    return np.where(scales == 0, np.float32(1), scales)
