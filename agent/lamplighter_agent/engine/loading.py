@@ -33,7 +33,13 @@ from lamplighter_agent.engine.prepare import (
     prompts_directory,
 )
 from lamplighter_agent.engine.rotation import key_rotations
-from lamplighter_agent.engine.session import ModelSession, check_operators, onnxruntime_version
+from lamplighter_agent.engine.session import (
+    EditedGraph,
+    ModelSession,
+    check_operators,
+    edit_graph,
+    onnxruntime_version,
+)
 from lamplighter_agent.engine.tokenizer import PackageTokenizer
 from lamplighter_agent.engine.windows import windowed_layers
 from lamplighter_agent.errors import EngineError, IncompatiblePackageError, PackageError
@@ -86,15 +92,12 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
     threads = options.threads or physical_cores()
     if plan.unpacked_bytes:
         map_large_blocks()
-    open_model = partial(
-        ModelSession,
-        manifest=manifest,
-        threads=threads,
-        cache=cache_spec(manifest, plan),
-        unpack=plan.unpacked_bytes > 0,
-    )
+    spec, unpack = cache_spec(manifest, plan), plan.unpacked_bytes > 0
+    open_model = partial(ModelSession, manifest=manifest, threads=threads, cache=spec, unpack=unpack)
     copy = None if prepared_root is None else _find_copy(package, prepared_root)
     prompts_copy, plan = _find_prompts(package, copy, plan) if copy and options.prompt_weights else (None, plan)
+    # Beforehand, for onnxruntime must have taken the graph in before the tokenizer's parser keeps all others waiting.
+    edited = None if copy is None else _edit_copy(copy, manifest, spec, unpack=unpack)
     with ThreadPoolExecutor(2, "open-model") as executor:
         # onnxruntime packs weights for most of the time and lets other threads run; the tokenizer's parser does not, so
         # it comes last.
@@ -102,7 +105,7 @@ def open_package(package: Path, options: EngineOptions, prepared_root: Path | No
         if copy is None:
             opening = executor.submit(_open_built, package, open_model)
         else:
-            opening = executor.submit(_open_copy, copy, open_model)
+            opening = executor.submit(_open_copy, copy, partial(open_model, edited=edited))
         opening_prompts = executor.submit(_open_prompts, prompts_copy, open_model)
         damaged = None if copy is None else damaged_file(copy)
         tokenizer = PackageTokenizer.from_file(package / manifest.file("tokenizer").name)
@@ -202,6 +205,14 @@ def _find_prompts(package: Path, copy: Path, plan: MemoryPlan) -> tuple[Path | N
     except (PackageError, OSError) as error:
         logger.warning("prompts are computed with the weights for decoding: %s", error)
     return directory if plan.prompt_weights_bytes else None, plan
+
+
+def _edit_copy(directory: Path, manifest: Manifest, cache: CacheSpec, *, unpack: bool) -> EditedGraph | None:
+    """Return a prepared copy's graph for a cache; None if it cannot be read, which opening it tells."""
+    try:
+        return edit_graph(directory / MODEL_NAME, manifest, cache, unpack=unpack)
+    except PackageError:
+        return None
 
 
 def _open_copy(directory: Path, open_model: Callable[[Path], ModelSession]) -> ModelSession | None:

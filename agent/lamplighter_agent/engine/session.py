@@ -76,7 +76,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-class _EditedGraph(NamedTuple):
+class EditedGraph(NamedTuple):
     """A graph to be opened instead of the package's, None for that one, and what is known of it (``ModelSession``)."""
 
     graph: bytes | None
@@ -95,6 +95,7 @@ class ModelSession:
         cache: The cache that it will be bound to; one of int8, or with windowed layers, edits the graph as it is
             loaded. None for float32 and whole contexts.
         unpack: Compute prompts on an int8 cache from unpacked keys and values, where the graph allows it.
+        edited: What ``edit_graph`` made of the model for this cache; None: it is done here.
 
     Attributes:
         io: Which optional inputs the graph has.
@@ -116,12 +117,13 @@ class ModelSession:
         threads: int,
         cache: CacheSpec | None = None,
         unpack: bool = False,
+        edited: EditedGraph | None = None,
     ) -> None:
         options = session_options(threads)
         cache = CacheSpec.from_model(manifest.model) if cache is None else cache
-        plain = cache.dtype == "float32" and cache.windowed is None
-        unpack = unpack and cache.dtype == "int8" and cache.windowed is None
-        edited = _EditedGraph(None) if plain else _with_cache(model_path, manifest, cache, options, unpack)
+        edited = edit_graph(model_path, manifest, cache, unpack=unpack) if edited is None else edited
+        if edited.graph is not None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(model_path.parent))
         self.unpacks, self.writes_first = edited.unpacks, edited.writes_first
         self._runtime = _open(model_path, options, edited.graph)
         own = frozenset(INPUTS if self.unpacks else ())
@@ -221,6 +223,37 @@ class Binding:
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
 
 
+def edit_graph(model_path: Path, manifest: Manifest, cache: CacheSpec, *, unpack: bool = False) -> EditedGraph:
+    """Return the model's graph with this cache, to be opened from memory with the weights beside ``model_path``.
+
+    Args:
+        model_path: ``model.onnx`` of a package, or of a prepared copy.
+        manifest: The package's manifest.
+        cache: The cache; a float32 one of whole contexts needs no edit.
+        unpack: See ``ModelSession``.
+
+    Raises:
+        PackageError: If the model cannot be read.
+        IncompatiblePackageError: If it has no scales for an int8 cache, or keeps its cache otherwise.
+    """
+    if cache.dtype == "float32" and cache.windowed is None:
+        return EditedGraph(None)
+    scales = None
+    if cache.dtype == "int8":
+        if manifest.cache_scales is None:
+            raise IncompatiblePackageError(f"{manifest.reference} has no scales for an int8 cache")
+        scales = cache_scales(manifest.cache_scales, manifest.model)
+    try:
+        model = memoryview(model_path.read_bytes())
+    except OSError as error:
+        raise PackageError(f"{model_path}: cannot read the model: {error}") from error
+    windowed = () if cache.windowed is None else cache.windowed.layers
+    unpack = unpack and scales is not None and not windowed
+    prompts = prompt_graph(model, cache.layers, cache.head_dim) if unpack else None
+    edited = with_cache(model, cache.layers, scales=scales, windowed=windowed, prompts=prompts)
+    return EditedGraph(edited, prompts is not None, scales is None or writes_codes_first(model))
+
+
 def check_operators(model_path: Path) -> None:
     """Check that a model calls only operators of the allowed domains.
 
@@ -267,26 +300,6 @@ def save_prepacked(model_path: Path, directory: Path, *, threads: int, edited: b
     _open(model_path, options, edited)
     if not (directory / MODEL_NAME).is_file() or not (directory / WEIGHTS_NAME).is_file():
         raise EngineError(f"onnxruntime {ort.__version__} wrote no prepacked copy of {model_path} into {directory}")
-
-
-def _with_cache(
-    model_path: Path, manifest: Manifest, cache: CacheSpec, options: ort.SessionOptions, unpack: bool
-) -> _EditedGraph:
-    """Return the edited graph, and let the runtime find its weights in the file beside ``model_path``."""
-    scales = None
-    if cache.dtype == "int8":
-        if manifest.cache_scales is None:
-            raise IncompatiblePackageError(f"{manifest.reference} has no scales for an int8 cache")
-        scales = cache_scales(manifest.cache_scales, manifest.model)
-    try:
-        model = model_path.read_bytes()
-    except OSError as error:
-        raise PackageError(f"{model_path}: cannot read the model: {error}") from error
-    options.add_session_config_entry(_WEIGHTS_FOLDER, str(model_path.parent))
-    windowed = () if cache.windowed is None else cache.windowed.layers
-    prompts = prompt_graph(memoryview(model), cache.layers, cache.head_dim) if unpack else None
-    edited = with_cache(memoryview(model), cache.layers, scales=scales, windowed=windowed, prompts=prompts)
-    return _EditedGraph(edited, prompts is not None, scales is None or writes_codes_first(memoryview(model)))
 
 
 def _open(model_path: Path, options: ort.SessionOptions, edited: bytes | None = None) -> ort.InferenceSession:
