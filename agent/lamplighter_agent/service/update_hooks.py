@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 
 from lamplighter_agent.errors import EngineError, StoreError
 from lamplighter_agent.package.manifest import Manifest
+from lamplighter_agent.service.oom import offer_to_the_kernel
 from lamplighter_agent.service.runner import PackageRunner
 from lamplighter_agent.update.interrupt import Interrupt
 from lamplighter_agent.update.states import PackageRef
@@ -78,6 +79,7 @@ class ServiceHooks:
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
         ) as process:
+            offer_to_the_kernel(process.pid)
             output = self._wait_for(process, interrupt)
         if process.returncode == StoreError.exit_code:
             logger.warning("%s is used without a prepared copy: %s", manifest.reference, output)

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import sys
-from pathlib import Path
-from typing import Final
 
-logger = logging.getLogger(__name__)
-
-_OOM_SCORE_ADJUSTMENT: Final = "500"
+from lamplighter_agent.service.oom import offer_to_the_kernel
 
 
 async def start_process(engine: str, log_level: int, channel: int) -> asyncio.subprocess.Process:
@@ -36,7 +31,7 @@ async def start_process(engine: str, log_level: int, channel: int) -> asyncio.su
         pass_fds=(channel,),
         start_new_session=True,  # a Ctrl-C in a terminal is the agent's to handle
     )
-    _offer_to_the_kernel(process.pid)
+    offer_to_the_kernel(process.pid)
     return process
 
 
@@ -46,16 +41,3 @@ def why_ended(status: int) -> str:
         return f"exit status {status}"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else str(-status)
     return f"killed by {name}" + (" (out of memory?)" if -status == signal.SIGKILL else "")
-
-
-def _offer_to_the_kernel(pid: int) -> None:
-    """Let the engine go before the agent when memory runs out, from its first moment.
-
-    The adjustment counts in thousandths of the limit, of the machine or of the unit (``oom_badness`` in Linux's
-    ``mm/oom_kill.c``). All of them would make a small engine the first to go of the whole machine, whoever took the
-    memory; half is more than the agent has in any unit that holds an engine.
-    """
-    try:
-        Path(f"/proc/{pid}/oom_score_adj").write_text(_OOM_SCORE_ADJUSTMENT, encoding="ascii")
-    except OSError as error:
-        logger.warning("the kernel may end the agent before the engine when memory runs out: %s", error)

@@ -29,21 +29,42 @@ class NoLimits:
         """Nothing to change back."""
 
 
+def prepare(package: Path, root: Path, module: str, *, prompt_weights: bool = False) -> None:
+    """Prepare a package for this machine, as an update does."""
+
+    async def call() -> None:
+        hooks = ServiceHooks(
+            cast(Store, SimpleNamespace(prepared_dir=root)),
+            cast(PackageRunner, SimpleNamespace(limits=NoLimits())),
+            prepare_module=module,
+            prepare_timeout_s=120.0,
+            prompt_weights=prompt_weights,
+        )
+        await asyncio.to_thread(hooks.prepare, package, read_manifest(package), Interrupt())
+
+    asyncio.run(call())
+
+
 @pytest.mark.parametrize("prompt_weights", [False, True])
 def test_weights_for_prompts_are_prepared_where_they_are_configured(
     tiny_package: Path, tmp_path: Path, prompt_weights: bool
 ) -> None:
-    async def prepare() -> None:
-        hooks = ServiceHooks(
-            cast(Store, SimpleNamespace(prepared_dir=tmp_path)),
-            cast(PackageRunner, SimpleNamespace(limits=NoLimits())),
-            prepare_module=PREPARE_MODULE,
-            prepare_timeout_s=120.0,
-            prompt_weights=prompt_weights,
-        )
-        await asyncio.to_thread(hooks.prepare, tiny_package, read_manifest(tiny_package), Interrupt())
-
-    asyncio.run(prepare())
+    prepare(tiny_package, tmp_path, PREPARE_MODULE, prompt_weights=prompt_weights)
     (copy,) = tmp_path.iterdir()
     record = msgspec.json.decode((copy / PREPARED_NAME).read_bytes(), type=PreparedRecord)
     assert record.prompts is prompt_weights
+
+
+def test_the_kernel_would_end_what_prepares_before_the_agent(
+    tiny_package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wait_for_score.py").write_text(
+        "import pathlib, time\n"
+        "score, end = pathlib.Path('/proc/self/oom_score_adj'), time.monotonic() + 60\n"
+        "while (found := score.read_text().strip()) != '500' and time.monotonic() < end:\n"
+        "    time.sleep(0.001)\n"
+        "raise SystemExit(0 if found == '500' else found)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    prepare(tiny_package, tmp_path / "prepared", "wait_for_score")
