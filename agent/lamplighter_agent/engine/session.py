@@ -31,6 +31,10 @@ SPIN_DURATION_US: Final = 200
 _MIN_EXTERNAL_BYTES: Final = 1024
 """Smaller tensors stay in the graph file, where a mapping would waste a page each."""
 
+_GIVE_BACK: Final = ort.RunOptions()
+"""Frees what the arena holds when the run ends."""
+_GIVE_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+
 _WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
 """Where the weights of a graph lie that is not read from a file."""
 
@@ -57,18 +61,19 @@ def onnxruntime_version() -> str:
     return str(ort.__version__)
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def session_options(threads: int, *, arena: bool = False) -> ort.SessionOptions:
     """Return options that keep memory flat and idle cores idle.
 
     Args:
         threads: Compute threads, the calling one included.
+        arena: Hand the large blocks of a run from operator to operator; ``_GIVE_BACK`` frees them behind it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    # The arena never gives memory back, and memory patterns serve fixed shapes only.
-    options.enable_cpu_mem_arena = False
+    # By itself the arena never gives memory back, and memory patterns serve fixed shapes only.
+    options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = False
     # Warnings would tell of the overridable logits_start, which is meant.
     options.log_severity_level = 3
@@ -119,9 +124,10 @@ class ModelSession:
         unpack: bool = False,
         edited: EditedGraph | None = None,
     ) -> None:
-        options = session_options(threads)
         cache = CacheSpec.from_model(manifest.model) if cache is None else cache
         edited = edit_graph(model_path, manifest, cache, unpack=unpack) if edited is None else edited
+        # To unpack takes blocks of many pages, and to get each of them anew takes longer than to fill it.
+        options = session_options(threads, arena=edited.unpacks)
         if edited.graph is not None:
             options.add_session_config_entry(_WEIGHTS_FOLDER, str(model_path.parent))
         self.unpacks, self.writes_first = edited.unpacks, edited.writes_first
@@ -157,6 +163,7 @@ class Binding:
         self._runtime = runtime
         self._io = io
         self._binding = runtime.io_binding()
+        self._run_options: ort.RunOptions | None = None
         for index, array in enumerate(cache_rows):
             layer, kind = divmod(index, 2)
             name = f"{layer}.{'value' if kind else 'key'}"
@@ -187,6 +194,7 @@ class Binding:
 
     def set_piece(self, past: int, tokens: int) -> None:
         """Say of a session that ``unpacks`` which part of a prompt comes: ``tokens`` behind ``past`` of them."""
+        self._run_options = _GIVE_BACK if tokens > 1 else None
         self._bind_array(MANY, np.array([tokens > 1]))
         self._bind_array(PAST, np.array([past], dtype=np.int64))
         self._bind_array(END, np.array([past + tokens], dtype=np.int64))
@@ -215,7 +223,7 @@ class Binding:
             EngineError: If the runtime fails.
         """
         try:
-            self._runtime.run_with_iobinding(self._binding)
+            self._runtime.run_with_iobinding(self._binding, self._run_options)
         except _ORT_ERRORS as error:
             raise EngineError(f"onnxruntime failed in a step: {_first_line(error)}") from error
 
