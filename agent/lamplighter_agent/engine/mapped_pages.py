@@ -13,13 +13,11 @@ import re
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 _ENTRY_BYTES: Final = 8
-_PRESENT: Final = np.uint64(1 << 63)
-_SWAPPED: Final = np.uint64(1 << 62)
-_OF_FILE: Final = np.uint64(1 << 61)
-"""Bits of an entry of ``/proc/PID/pagemap`` (Linux, ``Documentation/admin-guide/mm/pagemap.rst``)."""
+_PRESENT: Final = 1 << 7
+_SWAPPED: Final = 1 << 6
+_OF_FILE: Final = 1 << 5
+"""Bits of the last byte of an entry of ``/proc/PID/pagemap`` (Linux, ``Documentation/admin-guide/mm/pagemap.rst``)."""
 
 _MADV_DONTNEED: Final = 4
 """From ``<sys/mman.h>``; the ``mmap`` module has it for its own mappings only."""
@@ -58,7 +56,7 @@ def _mappings(maps: bytes, path: Path) -> list[tuple[int, int]]:
 
 def _unwritten(pagemap: int, begin: int, end: int) -> bool:
     first, count = begin // mmap.PAGESIZE, (end - begin) // mmap.PAGESIZE
-    raw = os.pread(pagemap, count * _ENTRY_BYTES, first * _ENTRY_BYTES)
-    entries = np.frombuffer(raw, dtype=np.uint64)
-    written = (entries & (_PRESENT | _OF_FILE) == _PRESENT) | (entries & _SWAPPED != 0)
-    return entries.size == count and not written.any()
+    entries = os.pread(pagemap, count * _ENTRY_BYTES, first * _ENTRY_BYTES)
+    flags = set(entries[_ENTRY_BYTES - 1 :: _ENTRY_BYTES])
+    written = any(flag & (_PRESENT | _OF_FILE) == _PRESENT or flag & _SWAPPED for flag in flags)
+    return len(entries) == count * _ENTRY_BYTES and not written

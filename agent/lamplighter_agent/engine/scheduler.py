@@ -1,7 +1,8 @@
 """Continuous batching: requests join and leave while others are generated, inside the memory plan.
 
 Each ``step`` computes at most one prefill chunk and one batched decode step, so a long prompt delays the others' next
-token by one chunk, and a cancel or a deadline takes effect within a step.
+token by one chunk, and a cancel or a deadline takes effect within a step. What the end of a prompt brings, mostly a
+first token, is told before that decode step, which is then the next ``step`` alone.
 
 Prompts get one chunk a step, in turns of the oldest and the one with the least left. A chunk is smaller while others
 decode, so that it keeps their tokens waiting no longer than a bearable moment (``pace``). Rows of a batch do not mix,
@@ -89,6 +90,7 @@ class Scheduler:
         self._slots = SlotTable(runner.cache, plan)
         self.lender = Lender(runner, self._slots, chunk_tokens=plan.prefill_chunk_tokens)
         self._oldest_turn = True
+        self._decode_due = False
         self._closing: list[Event] = []
         self._costs = StepCosts() if speculation else None
         self._pace = ChunkPace(plan.prefill_chunk_tokens)
@@ -160,7 +162,11 @@ class Scheduler:
             self._close(sequence, "cancelled", self._closing)
 
     def step(self) -> list[Event]:
-        """Do one round: end what is over, admit what fits, one prefill chunk, one decode step; return what happened."""
+        """Do a round, or half of one: end what is over, admit what fits, one prefill chunk, one decode step.
+
+        Returns:
+            What happened.
+        """
         events, self._closing = self._closing, []
         now = self._clock()
         for sequence in [*self._slots.all, *self._waiting]:
@@ -168,8 +174,13 @@ class Scheduler:
             if deadline_s is not None and now >= deadline_s and self._holds(sequence):
                 self._close(sequence, "deadline", events)
         self._admit(now)
-        if self._slots.prefilling:
+        if self._slots.prefilling and not (self._decode_due and self._slots.decoding):
+            told = len(events)
             self._prefill_chunk(events)
+            if len(events) > told:
+                self._decode_due = True
+                return events
+        self._decode_due = False
         if self._slots.decoding:
             self._decode_step(events)
         return events

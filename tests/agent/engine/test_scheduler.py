@@ -147,12 +147,34 @@ def test_requests_decode_together() -> None:
 def test_a_long_prompt_delays_the_others_by_one_chunk_a_token() -> None:
     world = World()
     world.submit("short", [1], GenerationParams(max_tokens=5, temperature=0.0))
-    world.step()
+    for _ in range(2):
+        world.step()
     world.submit("long", list(range(1, 41)))
     for expected in range(3, 6):
         world.step()
         assert len(world.tokens("short")) == expected
         assert len(world.runner.prefills) == expected - 1
+
+
+def test_a_first_token_does_not_wait_for_a_decode_step() -> None:
+    world = World()
+    world.submit("a", [1, 2])
+    world.step()
+    assert (len(world.tokens("a")), world.runner.batches) == (1, [])
+
+
+def test_others_decode_between_the_ends_of_two_prompts() -> None:
+    world = World()
+    world.submit("a", [1])
+    for _ in range(2):
+        world.step()
+    for request_id in ("b", "c"):
+        world.submit(request_id, [2, 3])
+    told = []
+    for _ in range(4):
+        world.step()
+        told.append((len(world.runner.prefills), len(world.tokens("a"))))
+    assert told == [(2, 2), (2, 3), (3, 3), (3, 4)]
 
 
 def test_a_short_prompt_overtakes_a_long_one() -> None:
@@ -543,8 +565,8 @@ def test_a_failing_decode_step_fails_the_requests_in_it() -> None:
     world = World()
     world.submit("a", [1])
     world.submit("b", [2])
-    world.step()
-    world.step()
+    for _ in range(3):
+        world.step()
     world.runner.fail_decode = True
     events = world.step()
     assert {event.request_id for event in events if isinstance(event, Failed)} == {"a", "b"}
@@ -562,8 +584,8 @@ def test_timings_tell_queue_prefill_and_decode_apart() -> None:
     timings = world.finished("a").timings
     assert (timings.queue_s, timings.prefill_s, timings.first_token_s) == (2.0, 2.0, 4.0)
     assert timings.prompt_tokens_per_s == 4.0
-    assert timings.decode_s == 2.0
-    assert timings.generated_tokens_per_s == 1.0
+    assert timings.decode_s == 4.0
+    assert timings.generated_tokens_per_s == 0.5
 
 
 def test_answers_of_one_request_wait_until_there_is_a_slot_for_each() -> None:
