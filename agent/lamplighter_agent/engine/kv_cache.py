@@ -55,6 +55,7 @@ class KVCache:
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
         self._slid_at: list[int | None] = [None] * slots
         self._rope_tokens = [0] * slots
+        self._touched = [0] * slots  # most tokens since pages of the slot were given back
         windowed = () if spec.windowed is None else spec.windowed.layers
         if spec.windowed is not None and spec.windowed.capacity != spec.rows(spec.windowed.capacity):
             # The kernel takes the rows that there are for the capacity.
@@ -198,6 +199,7 @@ class KVCache:
         if len(held) + len(added) > self.capacity:
             raise ValueError(f"slot {slot}: {len(held)} + {len(added)} tokens exceed capacity {self.capacity}")
         held += added
+        self._touched[slot] = max(self._touched[slot], len(held))
 
     def trim(self, slot: int, tokens: int) -> int:
         """Forget the last ``tokens`` tokens of a slot; return how many were forgotten.
@@ -219,11 +221,14 @@ class KVCache:
         if sys.platform != "linux":
             return
         row_bytes = self.spec.head_dim * self.spec.element_bytes
+        touched, self._touched[slot] = self._touched[slot], self.offset(slot)
         for index, (region, (heads, rows, _)) in enumerate(zip(self._maps, self._shapes, strict=True)):
             used = self.offset(slot) - self._first(index, self.offset(slot))
+            written = rows if self._windowed[index] else min(touched, rows)
             for head in range(slot * heads, (slot + 1) * heads):
                 begin = -(-((head * rows + used) * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-                end = (head + 1) * rows * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                end = -(-((head * rows + written) * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = min(end, (head + 1) * rows * row_bytes // mmap.PAGESIZE * mmap.PAGESIZE)
                 if end > begin:
                     region.madvise(mmap.MADV_REMOVE, begin, end - begin)
 
@@ -285,6 +290,7 @@ class KVCache:
             begin = 0 if self._windowed[index] else start
             buffer[target, :, begin : tokens - first] = buffer[source, :, begin : tokens - first]
         self._tokens[target] = self._tokens[source][:tokens]
+        self._touched[target] = max(self._touched[target], tokens)
         slid_at = self._slid_at[source]
         self._rope_tokens[target] = self._rope_tokens[source]
         self._slid_at[target] = None if slid_at is None or tokens <= slid_at else slid_at
@@ -300,6 +306,7 @@ class KVCache:
             buffer[short, :, : max(rows)] = buffer[long, :, : max(rows)]
             buffer[long, :, : min(rows)] = kept
         self._tokens[first], self._tokens[second] = self._tokens[second], self._tokens[first]
+        self._touched[first] = self._touched[second] = max(self._touched[first], self._touched[second])
         self._slid_at[first], self._slid_at[second] = self._slid_at[second], self._slid_at[first]
         planned = self._rope_tokens
         planned[first], planned[second] = planned[second], planned[first]
@@ -309,6 +316,7 @@ class KVCache:
         self._tokens[slot] = []
         self._slid_at[slot] = None
         self._rope_tokens[slot] = 0
+        self._touched[slot] = 0
         if sys.platform != "linux":
             return
         for region, size in zip(self._maps, self._slot_bytes, strict=True):

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lamplighter_agent.engine.cache_spec import CacheSpec
 from lamplighter_agent.engine.kv_cache import KVCache
@@ -105,6 +109,57 @@ def test_cut_keeps_the_first_tokens_and_gives_the_rest_of_the_slot_back() -> Non
         assert not buffer[1, :, 112:].any()
         assert buffer[0].all()
         assert buffer[2].all()
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(("add", "cut", "swap", "copy", "release")),
+        st.integers(0, 2),
+        st.integers(0, 2),
+        st.integers(0, 64),
+    ),
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "capacity"), [(3, 64, 64), (2, 16, 96)], ids=["heads of whole pages", "heads that share one"]
+)
+@given(steps=STEPS)
+def test_tokens_survive_what_is_done_to_others_and_all_pages_come_back(
+    heads: int, head_dim: int, capacity: int, steps: list[tuple[str, int, int, int]]
+) -> None:
+    cache = KVCache(CacheSpec(layers=1, heads=heads, head_dim=head_dim), slots=3, capacity=capacity)
+    numbers = itertools.count(1)
+    held: list[list[int]] = [[], [], []]
+    for step, one, other, tokens in steps:
+        if step == "add":
+            added = [next(numbers) for _ in range(min(tokens, cache.room(one)))]
+            for buffer in cache.buffers:
+                buffer[one, :, len(held[one]) : len(held[one]) + len(added)] = np.array(added)[None, :, None]
+            cache.advance(one, added)
+            held[one] += added
+        elif step == "cut":
+            cache.cut(one, tokens)
+            del held[one][tokens:]
+        elif step == "swap":
+            cache.swap(one, other)
+            held[one], held[other] = held[other], held[one]
+        elif step == "copy":
+            length = min(tokens, len(held[one]))
+            cache.copy(one, other, length)
+            held[other] = held[one][:length]
+        else:
+            cache.release(one)
+            held[one] = []
+        for slot, expected in enumerate(held):
+            assert cache.tokens(slot) == tuple(expected)
+            for buffer in cache.buffers:
+                assert (buffer[slot, :, : len(expected)] == np.array(expected)[None, :, None]).all()
+    for slot in range(3):
+        cache.cut(slot, 0)
+    if heads == 3:  # else nothing is given back of a page that holds the end of another head
+        assert not any(buffer.any() for buffer in cache.buffers)
 
 
 def test_mirrors_are_slot_0_in_every_row() -> None:
