@@ -145,20 +145,30 @@ class PrefixCache:
         """Return how many leading tokens are stored."""
         return sum(length for _, length in self._walk(np.asarray(tokens, dtype=np.int64)))
 
-    def restore(self, cache: KVCache, slot: int, tokens: Sequence[int]) -> int:
-        """Make a slot hold the leading tokens that are stored, and nothing else; return how many there are."""
-        cache.trim(slot, cache.capacity)
+    def restore(self, cache: KVCache, slot: int, tokens: Sequence[int], *, held: int = 0) -> int:
+        """Make a slot hold the leading tokens that are stored, and nothing else; return how many there are.
+
+        Args:
+            cache: The cache.
+            slot: Its row.
+            tokens: What is wanted.
+            held: Leading tokens, fewer than are stored, that the slot holds already and that need no copy.
+        """
+        if cache.spec.windowed is not None:
+            held = 0  # more tokens may move the rows of windowed layers
+        cache.trim(slot, cache.offset(slot) - held)
         wanted = np.asarray(tokens, dtype=np.int64)
         runs = list(self._walk(wanted))
-        cache.advance(slot, wanted[: sum(length for _, length in runs)].tolist())
+        cache.advance(slot, wanted[held : sum(length for _, length in runs)].tolist())
         tick = self._tick()
         begin = 0
         for run, length in runs:
-            for index in range(len(cache.buffers)):
-                target, first = cache.resident(index, slot, begin, begin + length)
+            end = begin + length
+            for index in range(len(cache.buffers)) if end > held else ():
+                target, first = cache.resident(index, slot, max(begin, held), end)
                 target[:] = run.rows[first - begin : length, index].swapaxes(0, 1)
             run.used = tick
-            begin += length
+            begin = end
         return begin
 
     def store(self, cache: KVCache, slot: int, tokens: int, *, pinned: bool = False) -> int:

@@ -43,7 +43,7 @@ class PrefixUse:
             (cache.reusable(one, common_prefix(cache.prefix(one), wanted)), one) for one in range(slot + 1)
         )
         if self._prefixes.recall(wanted, beyond=length) > length:
-            return self._prefixes.restore(self._cache, slot, wanted)
+            return self._prefixes.restore(self._cache, slot, wanted, held=length if source == slot else 0)
         if source != slot:
             self._cache.copy(source, slot, length)
         return length

@@ -28,6 +28,8 @@ def read_prompt(prompt: Prompt) -> str | list[ChatMessage] | list[int]:
             f"a prompt is a text, a list of messages or token ids, but it is a {type(prompt).__name__}", param="prompt"
         )
     items = list(prompt)
+    if set(map(type, items)) == {int}:
+        return items  # type: ignore[return-value]
     found = [isinstance(item, ChatMessage | Mapping) for item in items]
     if items and all(found):
         return read_messages(items)  # type: ignore[arg-type]

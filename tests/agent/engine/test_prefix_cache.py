@@ -130,6 +130,24 @@ def test_a_shared_beginning_outlives_its_ends() -> None:
     assert prefixes.match([*shared, 3, 3]) == 6
 
 
+@pytest.mark.parametrize("held", range(6))
+def test_what_the_slot_holds_already_is_left_as_it_is(held: int) -> None:
+    prefixes = PrefixCache(SPEC, max_bytes=100 * BYTES)
+    stored(prefixes, [5, 6, 7, 1, 1])
+    stored(prefixes, [5, 6, 7, 2, 2, 2])  # the last three lie in a run of their own
+    wanted = [5, 6, 7, 2, 2, 2]
+    cache, expected = (KVCache(SPEC, slots=1, capacity=CAPACITY) for _ in range(2))
+    write(expected, 0, wanted)
+    write(cache, 0, [*wanted[:held], 9, 9, 9])
+    for buffer in cache.buffers:
+        buffer[0, :, :held] = -1.0
+    assert prefixes.restore(cache, 0, wanted, held=held) == 6
+    assert cache.tokens(0) == tuple(wanted)
+    for buffer, whole in zip(cache.buffers, expected.buffers, strict=True):
+        assert (buffer[0, :, :held] == -1.0).all()
+        np.testing.assert_array_equal(buffer[0, :, held:6], whole[0, :, held:6])
+
+
 def test_a_pinned_sequence_stays_and_others_get_what_is_left() -> None:
     prefixes = PrefixCache(SPEC, max_bytes=6 * BYTES)
     stored(prefixes, [1, 2, 3, 4], pinned=True)
