@@ -215,15 +215,19 @@ class KVCache:
             self._slid_at[slot] = None
         return trimmed
 
-    def cut(self, slot: int, tokens: int) -> None:
-        """Keep the first ``tokens`` tokens of a slot alone and give the whole pages behind them back to the system."""
+    def cut(self, slot: int, tokens: int, *, coming: int = 0) -> None:
+        """Keep the first ``tokens`` tokens of a slot alone and give the whole pages behind them back to the system.
+
+        Those stay that ``coming`` more tokens will fill.
+        """
         self.trim(slot, max(self.offset(slot) - tokens, 0))
         if sys.platform != "linux":
             return
         row_bytes = self.spec.head_dim * self.spec.element_bytes
-        touched, self._touched[slot] = self._touched[slot], self.offset(slot)
+        touched, kept = self._touched[slot], self.offset(slot) + coming
+        self._touched[slot] = max(min(touched, kept), self.offset(slot))
         for index, (region, (heads, rows, _)) in enumerate(zip(self._maps, self._shapes, strict=True)):
-            used = self.offset(slot) - self._first(index, self.offset(slot))
+            used = min(kept - self._first(index, self.offset(slot)), rows)
             written = rows if self._windowed[index] else min(touched, rows)
             for head in range(slot * heads, (slot + 1) * heads):
                 begin = -(-((head * rows + used) * row_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -28,7 +28,7 @@ class PrefixUse:
         length = self._reuse(sequence, slot)
         if self._cache.stretch(slot) == 1 and length:
             length -= 1  # so that no single token is computed up to where windowed layers drop some
-        self._cache.cut(slot, length)
+        self._cache.cut(slot, length, coming=len(sequence.prompt) - length)
         sequence.prefilled = sequence.request.cached = length
 
     def _reuse(self, sequence: Sequence, slot: int) -> int:

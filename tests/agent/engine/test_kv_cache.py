@@ -140,7 +140,7 @@ def test_tokens_survive_what_is_done_to_others_and_all_pages_come_back(
             cache.advance(one, added)
             held[one] += added
         elif step == "cut":
-            cache.cut(one, tokens)
+            cache.cut(one, tokens, coming=16 * other)
             del held[one][tokens:]
         elif step == "swap":
             cache.swap(one, other)
