@@ -62,7 +62,7 @@ def report_line(report: ReportedMessage) -> str:
 
 
 def change_line(change: Change) -> str | None:
-    """Return what happened in one line; None for what needs none: a sample of telemetry, or what was just said."""
+    """Return what happened in one line; None for what is not worth one (a sample of telemetry)."""
     device = change.device
     match change.leaf:
         case "status" if device.status is not None:
@@ -71,17 +71,11 @@ def change_line(change: Change) -> str | None:
             text += f" ({status.reason})" if status.reason else ""
         case "reported" if device.reported is not None:
             text = report_line(device.reported)
-        case "event" if device.event is not None and not _told(device):
+        case "event" if device.event is not None:
             text = f"{device.event.name}: {device.event.message}"
         case _:
             return None
     return f"{device.id:20} {plain(text)}"
-
-
-def _told(device: Device) -> bool:
-    """Tell whether a device's event is the state of its update, which came with more in the line before."""
-    report = device.reported
-    return device.event is not None and report is not None and device.event.name == f"update_{report.state.value}"
 
 
 def outcome_line(outcome: Outcome) -> str:
