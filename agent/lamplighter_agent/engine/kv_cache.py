@@ -199,7 +199,11 @@ class KVCache:
         if len(held) + len(added) > self.capacity:
             raise ValueError(f"slot {slot}: {len(held)} + {len(added)} tokens exceed capacity {self.capacity}")
         held += added
-        self._touched[slot] = max(self._touched[slot], len(held))
+        self.touch(slot, len(held))
+
+    def touch(self, slot: int, tokens: int) -> None:
+        """Say that the model is about to write a slot's first ``tokens`` tokens, whether it comes to its end or not."""
+        self._touched[slot] = max(self._touched[slot], tokens)
 
     def trim(self, slot: int, tokens: int) -> int:
         """Forget the last ``tokens`` tokens of a slot; return how many were forgotten.
@@ -294,7 +298,7 @@ class KVCache:
             begin = 0 if self._windowed[index] else start
             buffer[target, :, begin : tokens - first] = buffer[source, :, begin : tokens - first]
         self._tokens[target] = self._tokens[source][:tokens]
-        self._touched[target] = max(self._touched[target], tokens)
+        self.touch(target, tokens)
         slid_at = self._slid_at[source]
         self._rope_tokens[target] = self._rope_tokens[source]
         self._slid_at[target] = None if slid_at is None or tokens <= slid_at else slid_at

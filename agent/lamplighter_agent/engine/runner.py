@@ -137,6 +137,7 @@ class ModelRunner:
         binding.set_logits(logits, start=start)
         if count > 1 and self.unpacks:
             binding.set_piece(past, count)
+        self.cache.touch(slot, past + count)
         binding.run()
         self.cache.advance(slot, tokens)
         found: FloatArray = logits[0]
@@ -226,6 +227,7 @@ class ModelRunner:
                 logger.warning("no speculation: the cache's memory cannot be mapped several times: %s", error)
                 return None
             self._draft = _Step(self._session, mirrors, self.cache.capacity)
+        self.cache.touch(0, past + rows)
         for index in range(len(self.cache.buffers)):
             poisoned, _ = self.cache.resident(index, 0, past, past + rows)
             poisoned[:] = poison
