@@ -29,6 +29,7 @@ from lamplighter_agent.engine.events import Event, Failed, FinishReason
 from lamplighter_agent.engine.intake import Intake
 from lamplighter_agent.engine.lending import Lender
 from lamplighter_agent.engine.memory import MemoryPlan
+from lamplighter_agent.engine.overflow import Overflow
 from lamplighter_agent.engine.pace import ChunkPace
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prefix_cache import PrefixCache
@@ -41,12 +42,6 @@ from lamplighter_agent.engine.truncation import Logits
 from lamplighter_agent.errors import EngineError, RequestError
 
 _RETRY_AFTER_S: Final = 2.0
-
-_MOVED_SHARE: Final = 4
-"""Part of the tokens that sliding forgets at once: moving the others is cheap …"""
-
-_COMPUTED_SHARE: Final = 2
-"""… and computing them again is not."""
 
 _ECHO_CHUNK_TOKENS: Final = 8
 """Prompt tokens computed at once where the logits behind each are wanted: rows of a vocabulary's width are large."""
@@ -88,6 +83,7 @@ class Scheduler:
         self._clock = clock
         self._waiting: deque[Sequence] = deque()
         self._slots = SlotTable(runner.cache, plan)
+        self._overflow = Overflow(runner.cache, self._slots, self._prefixes)
         self.lender = Lender(runner, self._slots, chunk_tokens=plan.prefill_chunk_tokens)
         self._oldest_turn = True
         self._decode_due = False
@@ -255,10 +251,10 @@ class Scheduler:
     def _decode_step(self, events: list[Event]) -> None:
         now = self._clock()
         for sequence in self._slots.decoding:
-            if self._holds(sequence) and not self._slots.extend(sequence) and not self._slide(sequence):
+            if self._holds(sequence) and not self._slots.extend(sequence) and not self._overflow.slide(sequence):
                 self._close(sequence, "length", events, now=now)
         for sequence in self._slots.decoding:
-            self._take_long_factors(sequence)
+            self._overflow.take_long_factors(sequence)
         batch = self._slots.decoding
         if not batch:
             return
@@ -347,39 +343,6 @@ class Scheduler:
             cache.copy(slot, self._slots.slot(target), cache.offset(slot), start=len(leader.prompt))
         if reason is not None:
             self._close(leader, reason, events, now=now)
-
-    def _slide(self, sequence: Sequence) -> bool:
-        """Forget tokens behind the kept ones to make room for more; False if the request does not want that.
-
-        Where the keys of the model cannot be moved, what is left is computed again as a prompt is, chunk by chunk.
-        """
-        if not sequence.slides:
-            return False
-        cache, slot = self._runner.cache, self._slots.slot(sequence)
-        tokens, keep = cache.tokens(slot), min(sequence.keep, cache.offset(slot) // 2)
-        if gap := cache.evictable(slot, keep, max((len(tokens) - keep) // _MOVED_SHARE, 1)):
-            cache.evict(slot, keep, gap)
-            return True
-        recent = tokens[keep + max((len(tokens) - keep) // _COMPUTED_SHARE, 1) :]
-        cache.trim(slot, len(tokens) - keep)
-        self._compute_again(sequence, [*tokens[:keep], *recent, sequence.last_token], cache.offset(slot))
-        return True
-
-    def _take_long_factors(self, sequence: Sequence) -> None:
-        """Where LongRoPE's short factors end, compute the text again with the long ones, as transformers does."""
-        cache, slot = self._runner.cache, self._slots.slot(sequence)
-        if not cache.needs_long_rope(slot):
-            return
-        tokens = cache.tokens(slot)
-        self._prefixes.keep(sequence, slot)
-        cache.trim(slot, len(tokens))
-        cache.plan(slot, len(tokens) + 1)
-        self._compute_again(sequence, [*tokens, sequence.last_token], 0)
-
-    def _compute_again(self, sequence: Sequence, tokens: list[int], done: int) -> None:
-        """Send a sequence back to prefill; the first ``done`` of ``tokens`` are in its slot."""
-        sequence.compute_again(tokens, done)
-        self._slots.leave_decoding(sequence)
 
     def _close(
         self, sequence: Sequence, reason: FinishReason, events: list[Event], *, now: float | None = None

@@ -162,15 +162,6 @@ def test_tokens_survive_what_is_done_to_others_and_all_pages_come_back(
         assert not any(buffer.any() for buffer in cache.buffers)
 
 
-def test_pages_of_a_step_that_failed_come_back() -> None:
-    cache = KVCache(CacheSpec(layers=1, heads=3, head_dim=64), slots=2, capacity=64)
-    cache.touch(0, 40)
-    for buffer in cache.buffers:
-        buffer[0, :, :40] = 1.0
-    cache.cut(0, 0)
-    assert not any(buffer.any() for buffer in cache.buffers)
-
-
 def test_mirrors_are_slot_0_in_every_row() -> None:
     cache = filled(capacity=300)
     mirrors = cache.mirrors(4)

@@ -17,6 +17,8 @@ from lamplighter_agent.engine.options import EngineOptions
 from lamplighter_agent.engine.params import GenerationParams
 from lamplighter_agent.engine.prepare import prepare
 from lamplighter_agent.engine.runner import ModelRunner
+from lamplighter_agent.engine.session import Binding
+from lamplighter_agent.errors import EngineError
 from support.families import write_family_checkpoint
 from support.tiny_model import build_tiny_package
 
@@ -46,6 +48,23 @@ def singly(runner: ModelRunner, tokens: list[int]) -> np.ndarray[tuple[int, ...]
     rows = np.stack([runner.decode([token])[0].copy() for token in tokens])
     runner.cache.trim(0, len(tokens))
     return rows
+
+
+def test_what_a_failing_chunk_wrote_is_given_back(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Binding.run
+
+    def run_and_fail(self: Binding) -> None:
+        original(self)
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(Binding, "run", run_and_fail)
+    cache = runner.cache
+    with pytest.raises(EngineError):
+        runner.prefill(1, [3 + place % 40 for place in range(400)])
+    assert cache.offset(1) == 0
+    assert all(buffer[1].any() for buffer in cache.buffers)
+    cache.cut(1, 0)
+    assert not any(buffer[1].any() for buffer in cache.buffers)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4, 6, 8])
